@@ -1,0 +1,177 @@
+"""Batches: what was said, as tensors. Shapes are in the names; a field exists when its type exists.
+
+Legend: B rows (answers), T tokens, K answers of one prompt, V vocabulary, D width. Index t of every `_BT` tensor
+speaks about token t: its log-probability given what came before, its mask, its advantage, its KL; `value_BT[t]` is
+the value of the state *before* token t. Rows are padded on the right unless said; `real_BT` is True on tokens that
+exist (prompt and answer) and `action_BT` is True on tokens the policy produced or is trained on (EOS included,
+padding never). Masks are carried, never derived from token ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Base of every batch: rows along the first dimension of each tensor (and of each tuple)."""
+
+    @property
+    def size(self) -> int:
+        """How many rows."""
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Rows):
+                return value.size
+            if isinstance(value, Tensor):
+                return value.shape[0]
+        raise TypeError(f"{type(self).__name__} has no tensor")
+
+    def select(self, index: Tensor) -> Self:
+        """The rows named by `index` (int64), in that order."""
+        return replace(self, **{f.name: _pick(getattr(self, f.name), index) for f in fields(self)})
+
+    def split(self, rows: int) -> Iterator[Self]:
+        """Consecutive parts of at most `rows` rows."""
+        for part in torch.arange(self.size).split(rows):
+            yield self.select(part)
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch on another device."""
+        return replace(self, **{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
+
+    def counts(self) -> dict[str, float]:
+        """What a loss may be averaged over, counted before the forward pass: always `rows`, mostly `tokens`."""
+        return {"rows": float(self.size)}
+
+
+def _pick(value: Any, index: Tensor) -> Any:
+    if isinstance(value, Rows):
+        return value.select(index)
+    if isinstance(value, Tensor):
+        return value[index.to(value.device)] if value.dim() else value
+    if isinstance(value, tuple):
+        items = cast(tuple[Any, ...], value)
+        return tuple(items[i] for i in index.tolist())
+    if isinstance(value, dict):
+        return {k: _pick(v, index) for k, v in cast(dict[str, Any], value).items()}
+    return value
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor | Rows):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {k: _move(v, device) for k, v in cast(dict[str, Any], value).items()}
+    return value
+
+
+@dataclass(frozen=True)
+class Tokens(Rows):
+    """Token rows: the part every batch that a model reads has in common."""
+
+    tokens_BT: Tensor
+    real_BT: Tensor
+    action_BT: Tensor
+
+    def counts(self) -> dict[str, float]:
+        return {"rows": float(self.size), "tokens": float(self.action_BT.sum())}
+
+
+@dataclass(frozen=True)
+class Examples(Tokens):
+    """Demonstrations: `action_BT` is True on the tokens that are trained."""
+
+
+@dataclass(frozen=True)
+class Comparisons(Rows):
+    """B prompts with up to K ranked answers each; `present_BK` is False on the unused places.
+
+    `rank_BK` is 0 for the best, ties share a rank; `margin_B` is the stated strength of a pair (0 where not given).
+    """
+
+    tokens_BKT: Tensor
+    real_BKT: Tensor
+    present_BK: Tensor
+    rank_BK: Tensor
+    margin_B: Tensor
+    action_BKT: Tensor
+
+    def counts(self) -> dict[str, float]:
+        answers = float(self.present_BK.sum())
+        return {"rows": float(self.size), "answers": answers, "tokens": float(self.action_BKT.sum())}
+
+    def answers(self) -> Tokens:
+        """The present answers as plain token rows, R = present_BK.sum(), in row-major order."""
+        here = self.present_BK
+        return Tokens(self.tokens_BKT[here], self.real_BKT[here], self.action_BKT[here])
+
+    def place(self, score_R: Tensor) -> Tensor:
+        """Scores of `answers()` put back into the B×K grid; unused places hold 0."""
+        grid = score_R.new_zeros(self.present_BK.shape)
+        return grid.masked_scatter(self.present_BK, score_R)
+
+
+@dataclass(frozen=True)
+class Rollouts(Tokens):
+    """Answers of one policy version, answers to one prompt adjacent.
+
+    `logp_BT` is the sampler's own log-probability of each action token, of the distribution it was drawn from; 0
+    elsewhere. `finished_B` is True where the answer ended by itself (EOS or stop token) and was not cut by length.
+    """
+
+    logp_BT: Tensor
+    finished_B: Tensor
+    prompt_B: Tensor
+    """Index of each row's prompt in the iteration's prompt list."""
+    version: int
+
+    @property
+    def length_B(self) -> Tensor:
+        """Answer lengths in tokens, EOS included."""
+        return self.action_BT.sum(-1)
+
+
+@dataclass(frozen=True)
+class Scored(Rows):
+    """Rollouts with a verdict. `parts` holds each reward source before weighting, for the report.
+
+    `score_B` is the weighted score after penalty and clipping; `token_reward_BT`, all zeros for per-answer rewards,
+    holds what was given per token. `memory` is what the algorithm remembers between iterations (a KL coefficient).
+    """
+
+    rollouts: Rollouts
+    score_B: Tensor
+    token_reward_BT: Tensor
+    parts: Mapping[str, Tensor]
+    memory: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A metric on its way to being averaged: sum and count, so any split of a batch gives the same figure."""
+
+    total: Tensor
+    count: float
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of a loss: a *sum* and the unit it is averaged over; `step.optimise` divides, nobody else."""
+
+    total: Tensor
+    per: str
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What an algorithm minimises: named terms (sums over rows) and metrics seen on the way."""
+
+    terms: Mapping[str, Term]
+    metrics: Mapping[str, Mean]

@@ -1,0 +1,184 @@
+"""Settings: what was asked. Frozen, strict, self-describing; a typo gets the nearest right word."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+class PalateError(Exception):
+    """A fault the user can mend: the message names the place, the fault and the next move. Exit code 2."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """" Did you mean 'clip'?", or nothing when no known word is close."""
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+class Settings(BaseModel):
+    """A frozen value that refuses keys it does not know. The docstring under a field is its help text."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _know_every_key(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            for key in cast(dict[str, Any], given):
+                if key not in cls.model_fields:
+                    known = ", ".join(sorted(cls.model_fields))
+                    raise ValueError(
+                        f"there is no setting {key!r}.{nearest(str(key), cls.model_fields)} Known: {known}."
+                    )
+        return given
+
+
+class Choice(Settings):
+    """Settings that live in a folder of alternatives: `kind: ppo` is palate/<folder>/ppo.py."""
+
+    kind: str
+    """Which alternative: the name of a file in the folder, or module:Name of your own."""
+
+
+def kinds(folder: str) -> list[str]:
+    """The names that `kind:` may take: the files of one folder of the package, read without importing them."""
+    here = Path(__file__).parent / folder
+    return sorted(p.stem for p in here.glob("*.py") if not p.stem.startswith("_"))
+
+
+def find(folder: str, kind: str, name: str | None = None) -> type[Choice]:
+    """The class behind a `kind`. `ppo` is palate/algorithms/ppo.py; `lab.tricks:Mine` is the user's own.
+
+    The class is called like the folder in the singular (`Algorithm`, `Reward`, `Stage`) unless `name` says else.
+    """
+    module, _, own = kind.partition(":")
+    singular = name or folder.rstrip("s").title()
+    if not own:
+        known = [k for k in kinds(folder) if k not in _NOT_CHOICES.get(folder, ())]
+        if kind not in known:
+            raise ValueError(
+                f"no {singular.lower()} is called {kind!r}.{nearest(kind, known)} Known: {', '.join(known)}."
+            )
+        return getattr(import_module(f"palate.{folder}.{kind}"), singular)
+    try:
+        return getattr(import_module(module), own)
+    except (ImportError, AttributeError) as fault:
+        raise ValueError(f"cannot load {kind!r}: {fault}. Write module:Name of something importable.") from None
+
+
+_NOT_CHOICES: dict[str, tuple[str, ...]] = {}
+
+
+def build(folder: str, given: Mapping[str, Any], where: str = "") -> Choice:
+    """One alternative from its YAML mapping, with errors that name the place."""
+    kind = given.get("kind")
+    if not isinstance(kind, str):
+        raise PalateError(f"{where}: 'kind' is missing. Known: {', '.join(kinds(folder))}.")
+    try:
+        return parse(find(folder, kind), given, where)
+    except ValueError as fault:
+        raise PalateError(f"{where}.kind: {fault}") from None
+
+
+def parse(cls: type[S], given: Mapping[str, Any], where: str = "") -> S:
+    """`cls` from a mapping; the first fault becomes one line `place: fault`."""
+    try:
+        return cls.model_validate(dict(given))
+    except ValidationError as fault:
+        raise PalateError(explain(fault, where)) from None
+
+
+def explain(fault: ValidationError, where: str = "") -> str:
+    """One line for the first fault of a validation: place, fault, what was given."""
+    first = fault.errors()[0]
+    place = ".".join([where, *(str(part) for part in first["loc"])]).strip(".")
+    text = first["msg"].removeprefix("Value error, ")
+    given = first.get("input")
+    shown = "" if isinstance(given, dict | list) or first["type"] == "value_error" else f", not {given!r}"
+    return f"{place}: {text}{shown}" if place else f"{text}{shown}"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping from a file; every fault names the file and the line."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise PalateError(f"{path}: no such file. `palate list recipes` shows the recipes that ship.") from None
+    except (OSError, UnicodeDecodeError) as fault:
+        raise PalateError(f"{path}: cannot be read as UTF-8 text: {fault}") from None
+    try:
+        loaded = yaml.safe_load(text)
+    except yaml.YAMLError as fault:
+        mark = getattr(fault, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(fault, "problem", None) or str(fault)
+        raise PalateError(f"{path}{line}: not valid YAML: {problem}.") from None
+    if not isinstance(loaded, dict):
+        raise PalateError(f"{path}: expected a mapping of settings, found {type(loaded).__name__}.")
+    return cast(dict[str, Any], loaded)
+
+
+def override(given: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """A copy of `given` with dotted assignments applied: `stages.2.algorithm.kl_coef=0.1`.
+
+    A stage may be named by its number (from 0) or by its `name`. Values are read as YAML.
+    """
+    result = cast(dict[str, Any], yaml.safe_load(yaml.safe_dump(given)))
+    for assignment in assignments:
+        path, equals, value = assignment.partition("=")
+        if not equals or not path:
+            raise PalateError(f"{assignment!r}: write an override as key=value, for example seed=2.")
+        try:
+            _assign(result, path.split("."), yaml.safe_load(value))
+        except yaml.YAMLError:
+            raise PalateError(f"{assignment!r}: the value is not valid YAML. Quote it.") from None
+    return result
+
+
+def _assign(target: Any, path: list[str], value: Any) -> None:
+    whole = ".".join(path)
+    for depth, part in enumerate(path[:-1]):
+        target = _step_into(target, part, path[depth + 1], whole)
+    last = path[-1]
+    if isinstance(target, list):
+        items = cast(list[Any], target)
+        items[_index(items, last, whole)] = value
+    elif isinstance(target, dict):
+        cast(dict[str, Any], target)[last] = value
+    else:
+        raise PalateError(f"{whole}: {path[-2]!r} is a value, not a group of settings, so {last!r} has no place in it.")
+
+
+def _step_into(target: Any, part: str, following: str, whole: str) -> Any:
+    if isinstance(target, list):
+        items = cast(list[Any], target)
+        return items[_index(items, part, whole)]
+    if not isinstance(target, dict):
+        raise PalateError(f"{whole}: {part!r} has no place inside a plain value.")
+    mapping = cast(dict[str, Any], target)
+    below = mapping.get(part)
+    if not isinstance(below, dict | list):
+        mapping[part] = {"path": below} if isinstance(below, str) and following != "path" else {}
+    return mapping[part]
+
+
+def _index(items: list[Any], part: str, whole: str) -> int:
+    names = [str(cast(dict[str, Any], i).get("name", "")) if isinstance(i, dict) else "" for i in items]
+    if part in names:
+        return names.index(part)
+    if part.lstrip("-").isdigit() and -len(items) <= int(part) < len(items):
+        return int(part)
+    known = ", ".join(n for n in names if n) or f"0 to {len(items) - 1}"
+    raise PalateError(f"{whole}: there is no item {part!r}.{nearest(part, names)} Known: {known}.")
