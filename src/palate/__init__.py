@@ -1,0 +1,1 @@
+"""palate teaches a language model taste."""
