@@ -1,0 +1,1 @@
+"""Algorithms: one page each, settings + prepare + loss."""

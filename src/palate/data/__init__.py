@@ -1,0 +1,1 @@
+"""Data: files and hubs in, records and batches out."""

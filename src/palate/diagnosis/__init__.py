@@ -1,0 +1,1 @@
+"""Diagnosis: the report a run leaves behind."""

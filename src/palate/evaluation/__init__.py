@@ -1,0 +1,1 @@
+"""Evaluation: how good is it, and how sure are we."""

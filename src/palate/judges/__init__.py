@@ -1,0 +1,1 @@
+"""Judges: who decides between two answers."""

@@ -1,0 +1,1 @@
+"""Models: loading, making, adapters, heads, tokenizers. The only folder that imports transformers."""

@@ -1,0 +1,1 @@
+"""Rewards: who decides what an answer is worth."""

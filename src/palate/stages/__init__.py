@@ -1,0 +1,1 @@
+"""Stages: one job of a run each."""

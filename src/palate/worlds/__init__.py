@@ -1,0 +1,1 @@
+"""Worlds: self-made tasks whose true taste is known."""
