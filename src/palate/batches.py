@@ -45,6 +45,16 @@ class Rows:
         """The same batch on another device."""
         return replace(self, **{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
 
+    def trimmed(self) -> Self:
+        """The same rows without the columns that no mask of theirs reaches; only `_BT` fields are cut."""
+        wide = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith(("_BT", "_BKT"))}
+        masks = [v.flatten(0, -2).any(0) for v in wide.values() if v.dtype == torch.bool]
+        used = torch.stack(masks).any(0).nonzero() if masks else None
+        if used is None or used.numel() == 0:
+            return self
+        width = int(used[-1]) + 1
+        return replace(self, **{name: value[..., :width] for name, value in wide.items()})
+
     def counts(self) -> dict[str, float]:
         """What a loss may be averaged over, counted before the forward pass: always `rows`, mostly `tokens`."""
         return {"rows": float(self.size)}
@@ -60,7 +70,7 @@ def _pick(value: Any, index: Tensor) -> Any:
         return tuple(items[i] for i in index.tolist())
     if isinstance(value, dict):
         return {k: _pick(v, index) for k, v in cast(dict[str, Any], value).items()}
-    return value
+    return value  # a number or a name that speaks of the whole batch
 
 
 def _move(value: Any, device: torch.device) -> Any:
@@ -130,6 +140,8 @@ class Rollouts(Tokens):
     prompt_B: Tensor
     """Index of each row's prompt in the iteration's prompt list."""
     version: int
+    temperature: float = 1.0
+    """The temperature of the distribution the tokens were drawn from and `logp_BT` speaks of."""
 
     @property
     def length_B(self) -> Tensor:
@@ -150,6 +162,27 @@ class Scored(Rows):
     token_reward_BT: Tensor
     parts: Mapping[str, Tensor]
     memory: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Experience(Tokens):
+    """What an online algorithm learns from: rollouts with old log-probabilities, advantages, values and returns.
+
+    `value_mask_BT` says where the value function is trained (a superset of `action_BT` when the score sits on the
+    state after the end). `memory` is what the algorithm remembers for the next iteration.
+    """
+
+    logp_BT: Tensor
+    advantage_BT: Tensor
+    value_BT: Tensor
+    returns_BT: Tensor
+    value_mask_BT: Tensor
+    temperature: float
+    memory: Mapping[str, float]
+    metrics: Mapping[str, float]
+
+    def counts(self) -> dict[str, float]:
+        return {**Tokens.counts(self), "values": float(self.value_mask_BT.sum())}
 
 
 @dataclass(frozen=True)

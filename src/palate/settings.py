@@ -46,7 +46,7 @@ class Settings(BaseModel):
 
 
 class Choice(Settings):
-    """Settings that live in a folder of alternatives: `kind: ppo` is palate/<folder>/ppo.py."""
+    """Settings that live in a folder of alternatives: `kind: NAME` is palate/<folder>/NAME.py."""
 
     kind: str
     """Which alternative: the name of a file in the folder, or module:Name of your own."""
@@ -55,18 +55,24 @@ class Choice(Settings):
 def kinds(folder: str) -> list[str]:
     """The names that `kind:` may take: the files of one folder of the package, read without importing them."""
     here = Path(__file__).parent / folder
-    return sorted(p.stem for p in here.glob("*.py") if not p.stem.startswith("_"))
+    files = (p for p in here.glob("*.py") if not p.stem.startswith("_"))
+    wanted = _CLASSES.get(folder)
+    return sorted(p.stem for p in files if wanted is None or f"\nclass {wanted}(" in p.read_text("utf-8"))
 
 
-def find(folder: str, kind: str, name: str | None = None) -> type[Choice]:
-    """The class behind a `kind`. `ppo` is palate/algorithms/ppo.py; `lab.tricks:Mine` is the user's own.
+_CLASSES = {"algorithms": "Algorithm", "rewards": "Reward", "stages": "Stage"}
+"""In these folders a file is a kind when it defines this class; other files there are its helpers."""
 
-    The class is called like the folder in the singular (`Algorithm`, `Reward`, `Stage`) unless `name` says else.
+
+def find(folder: str, kind: str) -> type[Choice]:
+    """The class behind a `kind`: `mine` is palate/<folder>/mine.py; `lab.tricks:Mine` is the user's own.
+
+    The class is called like the folder in the singular: `Algorithm`, `Reward`, `Stage`.
     """
     module, _, own = kind.partition(":")
-    singular = name or folder.rstrip("s").title()
+    singular = _CLASSES[folder]
     if not own:
-        known = [k for k in kinds(folder) if k not in _NOT_CHOICES.get(folder, ())]
+        known = kinds(folder)
         if kind not in known:
             raise ValueError(
                 f"no {singular.lower()} is called {kind!r}.{nearest(kind, known)} Known: {', '.join(known)}."
@@ -76,9 +82,6 @@ def find(folder: str, kind: str, name: str | None = None) -> type[Choice]:
         return getattr(import_module(module), own)
     except (ImportError, AttributeError) as fault:
         raise ValueError(f"cannot load {kind!r}: {fault}. Write module:Name of something importable.") from None
-
-
-_NOT_CHOICES: dict[str, tuple[str, ...]] = {}
 
 
 def build(folder: str, given: Mapping[str, Any], where: str = "") -> Choice:

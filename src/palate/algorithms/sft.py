@@ -1,0 +1,38 @@
+"""Supervised fine-tuning: make the demonstrated answer likely."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from palate.batches import Examples, Loss, Mean, Term
+from palate.cast import Cast
+from palate.losses import cross_entropy
+from palate.settings import Choice
+
+
+class Algorithm(Choice):
+    """Supervised fine-tuning: cross-entropy of demonstrated tokens, averaged over trained tokens or over rows."""
+
+    trains: ClassVar[tuple[str, ...]] = ("policy",)
+    reads: ClassVar[str] = "demonstrations"
+
+    kind: str = "sft"
+    """Supervised fine-tuning."""
+    average: Literal["token", "sequence"] = "token"
+    """What weighs the same: each trained token of the batch, or each row."""
+
+    def prepare(self, cast: Cast, raw: Examples) -> Examples:
+        """Nothing has to be known beforehand."""
+        return raw
+
+    def loss(self, cast: Cast, batch: Examples) -> Loss:
+        """−log p of the trained tokens, EOS included, prompt and padding never (unless asked to be trained)."""
+        logp_BT, entropy_BT = cast.logp("policy", batch, entropy=True)
+        nll_BT = cross_entropy(logp_BT, batch.action_BT)
+        tokens_B = batch.action_BT.sum(-1)
+        if self.average == "token":
+            term = Term(nll_BT.sum(), per="tokens")
+        else:
+            term = Term((nll_BT.sum(-1) / tokens_B.clamp(min=1)).sum(), per="rows")
+        count = float(tokens_B.sum())
+        return Loss({"loss": term}, {"entropy": Mean(entropy_BT.detach().sum(), count)})
