@@ -1,0 +1,43 @@
+# One word a chore. The first use of any of them makes .venv and installs the pinned versions.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test check bench docs clean
+
+demo: $(VENV)/.run            ## train the tasting room from nothing and open its report
+	$(BIN)/palate run recipes/tasting_room.yaml
+
+test: $(VENV)/.dev            ## the whole suite, offline
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+check: $(VENV)/.dev           ## format, lint, types, laws
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest tests/laws
+
+bench: $(VENV)/.dev           ## measured figures of this machine into bench/results.md
+	$(BIN)/python -m bench.run
+
+docs: $(VENV)/.dev            ## the generated pages of docs/
+	$(BIN)/python -m docs.build
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "palate needs Python 3.11 or newer; try: make $(MAKECMDGOALS) PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:                        ## remove the environment (runs/ stays)
+	rm -rf $(VENV)
