@@ -1,0 +1,247 @@
+"""A trunk: a transformers model seen as tokens → hidden states → logits, for any family, with any padding.
+
+Rows are compacted before the model sees them: pads move to the right and whole columns of padding are dropped;
+afterwards every padded cell is given the hidden state of the last real token before it, as lm-human-preferences does
+(docs/ppo_details.md, detail 6). So where the padding is, how much of it there is and which ids it holds cannot
+matter, whatever a family does about positions and masks.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from palate.models.lora import remember_adapter
+from palate.settings import PalateError
+
+UNLIMITED = 1 << 30
+"""The context of families without a longest sequence."""
+
+
+def position_ids(real_BT: Tensor) -> Tensor:
+    """Positions that skip pads: how many real tokens stand before each place (exclusive cumulative sum)."""
+    real = real_BT.long()
+    return real.cumsum(-1) - real
+
+
+class Trunk(nn.Module):
+    """tokens → hidden states → logits. Dropout is off for good, so two passes over a batch agree exactly.
+
+    `vocabulary` is how many ids the tokenizer has: logits of ids at or beyond it are −inf. `causal` is measured, not
+    believed: hidden states must not move when a later token is edited. `speaks` is False where the model has no
+    language-model head (a reward or value trunk). `width` is D, `context` the longest sequence.
+
+    Raises PalateError when the logits computed here would differ from the model's own.
+    """
+
+    def __init__(self, model: PreTrainedModel, vocabulary: int) -> None:
+        super().__init__()
+        self.model = model
+        self.vocabulary = vocabulary
+        self.recomputes = False
+        _silence_dropout(model)
+        self._first_position, self.context = _positions(self.base)
+        self._takes_positions = "position_ids" in inspect.signature(self.base.forward).parameters
+        self.causal = False
+        self.causal, self.width = _measure(self)
+        self._head = _find_head(self)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The model without its language-model head."""
+        return cast(PreTrainedModel, self.model.base_model)
+
+    @property
+    def family(self) -> str:
+        """The family's name as transformers spells it, for messages and model cards."""
+        return str(self.model.config.model_type)
+
+    @property
+    def speaks(self) -> bool:
+        """Whether the trunk has a language-model head."""
+        return self._head is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' number format; logits and everything computed from them are float32."""
+        return next(self.parameters()).dtype
+
+    def checkpoint_activations(self) -> None:
+        """Keep only the blocks' inputs for the backward pass and compute the rest again: less memory, more time."""
+        how = {"use_reentrant": False, "context_fn": remember_adapter}
+        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+        self.recomputes = True
+
+    def hidden(self, tokens_BT: Tensor, real_BT: Tensor) -> Tensor:
+        """Hidden states after the final norm, B×T×D; padded cells repeat the last real token before them.
+
+        Raises PalateError when a row has more real tokens than the context.
+        """
+        self._set_training(self.recomputes and torch.is_grad_enabled())
+        packed_BS, exists_BS = _compact(tokens_BT, real_BT)
+        self._check_length(packed_BS.shape[1])
+        more: dict[str, Any] = {} if self.causal else {"attention_mask": exists_BS.long()}
+        if self._first_position:
+            more["position_ids"] = position_ids(torch.ones_like(packed_BS)) + self._first_position
+        hidden_BSD = cast(
+            Tensor, self.base(input_ids=packed_BS, **_uncached(self.base), **more).last_hidden_state
+        )
+        if packed_BS.shape == tokens_BT.shape and bool(real_BT.all()):
+            return hidden_BSD
+        last_BT = (real_BT.long().cumsum(-1) - 1).clamp(min=0)
+        return hidden_BSD.gather(1, last_BT[..., None].expand(-1, -1, hidden_BSD.shape[-1]))
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Next-token logits N×V in float32, −inf at ids that are not the tokenizer's."""
+        if self._head is None:
+            raise PalateError(
+                f"{self.family}: this model has no language-model head, so it cannot be a policy."
+            )
+        logits_NV = _head_logits(self.model, self._head, hidden_ND)
+        if self.vocabulary < logits_NV.shape[-1]:
+            logits_NV[..., self.vocabulary :] = float("-inf")
+        return logits_NV
+
+    def extend(self, tokens_BS: Tensor, real_BL: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """Hidden states B×S×D of S new tokens after the L−S that are in `cache` (None at the start), and the cache.
+
+        `real_BL` marks the real ones among all L; pads may stand anywhere and their hidden states mean nothing.
+        The cache is transformers' own and is extended in place.
+        """
+        self._set_training(False)
+        new = tokens_BS.shape[1]
+        self._check_length(int(real_BL.sum(-1).max()))
+        if cache is None:
+            cache = DynamicCache(config=self.model.config)
+        more: dict[str, Any] = {}
+        if not bool(real_BL.all()):
+            more["attention_mask"] = real_BL.long()
+        if self._takes_positions:
+            more["position_ids"] = position_ids(real_BL)[:, -new:] + self._first_position
+        ids_BS = tokens_BS.masked_fill(~real_BL[:, -new:], 0)
+        out = self.base(input_ids=ids_BS, past_key_values=cache, use_cache=True, **more)
+        return cast(Tensor, out.last_hidden_state), out.past_key_values
+
+    def _set_training(self, training: bool) -> None:
+        """Dropout is zero in either mode; the mode only tells transformers whether to checkpoint activations."""
+        if self.model.training != training:
+            self.model.train(training)
+
+    def _check_length(self, length: int) -> None:
+        if length > self.context:
+            raise PalateError(
+                f"{self.family}: a sequence of {length} tokens does not fit the context of {self.context}. "
+                "Shorten the prompts or the answers, or take a model with a longer context."
+            )
+
+
+def _compact(tokens_BT: Tensor, real_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Real tokens to the left in their order, as many columns as the longest row needs; id 0 in the pads."""
+    count_B = real_BT.long().sum(-1)
+    length = max(1, int(count_B.max()))
+    exists_BS = torch.arange(length, device=tokens_BT.device) < count_B[:, None]
+    if not torch.equal(exists_BS, real_BT[:, :length]):
+        order_BS = (~real_BT).long().argsort(dim=-1, stable=True)[:, :length]
+        tokens_BT = tokens_BT.gather(1, order_BS)
+    return tokens_BT[:, :length].masked_fill(~exists_BS, 0), exists_BS
+
+
+def _silence_dropout(model: nn.Module) -> None:
+    """Every dropout probability to zero, as modules and as plain numbers, whatever the mode (detail 14)."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+    model.eval()
+
+
+def _positions(base: PreTrainedModel) -> tuple[int, int]:
+    """(first position id, longest sequence). RoBERTa-like tables keep their first places for padding."""
+    config: Any = base.config.get_text_config()
+    longest = next(
+        (int(n) for n in (getattr(config, k, None) for k in ("max_position_embeddings", "seq_length")) if n),
+        UNLIMITED,
+    )
+    for name, module in base.named_modules():
+        if (
+            name.endswith("position_embeddings")
+            and isinstance(module, nn.Embedding)
+            and module.padding_idx is not None
+        ):
+            first = int(module.padding_idx) + 1
+            return first, longest - first
+    return 0, longest
+
+
+def _uncached(base: PreTrainedModel) -> dict[str, bool]:
+    """Families that can cache are told not to when a whole batch is read at once."""
+    return {"use_cache": False} if "past_key_values" in inspect.signature(base.forward).parameters else {}
+
+
+def _head_logits(model: PreTrainedModel, head: str, hidden: Tensor) -> Tensor:
+    """The head's output in float32 with what some families do to it: scaling (Cohere, Granite) and capping (Gemma)."""
+    config: Any = model.config.get_text_config()
+    logits = cast(Tensor, model.get_submodule(head)(hidden)).float()
+    if scale := getattr(config, "logit_scale", None):
+        logits = logits * scale
+    if divisor := getattr(config, "logits_scaling", None):
+        logits = logits / divisor
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def _probe_tokens(trunk: Trunk) -> Tensor:
+    rows = trunk.model.get_input_embeddings().weight.shape[0]
+    return (torch.arange(1, 9, device=trunk.device) * 7 % rows)[None]
+
+
+@torch.no_grad()
+def _measure(trunk: Trunk) -> tuple[bool, int]:
+    """(causal, width), by editing the last token of a short row and looking at the hidden states before it."""
+    tokens = _probe_tokens(trunk)
+    edited = tokens.clone()
+    edited[0, -1] = (tokens[0, -1] + 1) % trunk.model.get_input_embeddings().weight.shape[0]
+    real = torch.ones_like(tokens, dtype=torch.bool)
+    before, after = trunk.hidden(tokens, real).float(), trunk.hidden(edited, real).float()
+    moved = (before - after)[:, :-1].abs().max()
+    return bool(moved <= 1e-6 * before.abs().max()), before.shape[-1]
+
+
+@torch.no_grad()
+def _find_head(trunk: Trunk) -> str | None:
+    """The name of the module that turns hidden states into the model's own logits, or None without one."""
+    outputs = trunk.model.get_output_embeddings()
+    if outputs is None:
+        return None
+    tokens = _probe_tokens(trunk)
+    real = torch.ones_like(tokens, dtype=torch.bool)
+    more = {"position_ids": position_ids(real) + trunk._first_position} if trunk._first_position else {}
+    expected = cast(Tensor, trunk.model(input_ids=tokens, **more).logits).float()
+    hidden = trunk.hidden(tokens, real)
+    names = [name for name, module in trunk.model.named_modules() if module is outputs]
+    for name in [*names, *(n for n, _ in trunk.model.named_children() if n in ("lm_head", "cls"))]:
+        found = _head_logits(trunk.model, name, hidden)
+        if found.shape == expected.shape and _close(found, expected, trunk.dtype):
+            return name
+    raise PalateError(
+        f"{trunk.family}: this family does something to its logits that palate does not know, so its numbers would be "
+        "wrong. Choose another family, or report the family's name."
+    )
+
+
+def _close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Equal up to the rounding of `dtype`, relative to the largest logit."""
+    slack = 64 * torch.finfo(dtype).eps
+    return bool((found - expected).abs().max() <= slack * expected.abs().max().clamp(min=1e-6))
