@@ -11,7 +11,6 @@ from typing import Any, TypeVar, cast
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-
 S = TypeVar("S", bound=BaseModel)
 
 
@@ -20,7 +19,7 @@ class PalateError(Exception):
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """" Did you mean 'clip'?", or nothing when no known word is close."""
+    """ " Did you mean 'clip'?", or nothing when no known word is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" Did you mean {close[0]!r}?" if close else ""
 
@@ -29,7 +28,11 @@ class Settings(BaseModel):
     """A frozen value that refuses keys it does not know. The docstring under a field is its help text."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
     )
 
     @model_validator(mode="before")
@@ -81,7 +84,9 @@ def find(folder: str, kind: str) -> type[Choice]:
     try:
         return getattr(import_module(module), own)
     except (ImportError, AttributeError) as fault:
-        raise ValueError(f"cannot load {kind!r}: {fault}. Write module:Name of something importable.") from None
+        raise ValueError(
+            f"cannot load {kind!r}: {fault}. Write module:Name of something importable."
+        ) from None
 
 
 def build(folder: str, given: Mapping[str, Any], where: str = "") -> Choice:
@@ -118,7 +123,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise PalateError(f"{path}: no such file. `palate list recipes` shows the recipes that ship.") from None
+        raise PalateError(
+            f"{path}: no such file. `palate list recipes` shows the recipes that ship."
+        ) from None
     except (OSError, UnicodeDecodeError) as fault:
         raise PalateError(f"{path}: cannot be read as UTF-8 text: {fault}") from None
     try:
@@ -161,7 +168,9 @@ def _assign(target: Any, path: list[str], value: Any) -> None:
     elif isinstance(target, dict):
         cast(dict[str, Any], target)[last] = value
     else:
-        raise PalateError(f"{whole}: {path[-2]!r} is a value, not a group of settings, so {last!r} has no place in it.")
+        raise PalateError(
+            f"{whole}: {path[-2]!r} is a value, not a group of settings, so {last!r} has no place in it."
+        )
 
 
 def _step_into(target: Any, part: str, following: str, whole: str) -> Any:

@@ -77,7 +77,7 @@ class Stepper:
         Each term of the loss is a sum; it is divided here, once, by the count of its unit over all micro-batches
         and ranks. The gradient is therefore the same for any `microbatch`. Returns the averaged metrics.
         """
-        counts = self.world.sum(batch.counts())
+        counts = {unit: self.world.sum(count) for unit, count in batch.counts().items()}
         seen = _Averages()
         for part in batch.split(microbatch):
             result = loss(part.trimmed())
@@ -87,12 +87,16 @@ class Stepper:
         norm = self._clip()
         if not math.isfinite(norm):
             self.adam.zero_grad(set_to_none=True)
-            raise PalateError(f"the gradient is not finite (norm {norm}); lower the learning rate or look at the data.")
+            raise PalateError(
+                f"the gradient is not finite (norm {norm}); lower the learning rate or look at the data."
+            )
         for group in self.adam.param_groups:
             group["lr"] = rate
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
-        return {**self.world.sum_means(seen.means), **seen.terms, "grad_norm": norm, "lr": rate}
+        means = {name: self.world.mean(total, count) for name, (total, count) in seen.means.items()}
+        terms = {name: self.world.sum(value) for name, value in seen.terms.items()}
+        return {**means, **terms, "grad_norm": norm, "lr": rate}
 
     def _clip(self) -> float:
         limit = self.settings.max_grad_norm

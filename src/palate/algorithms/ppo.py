@@ -77,7 +77,11 @@ class Algorithm(Choice):
         tokens, token_reward_BT = Tokens(rows.tokens_BT, rows.real_BT, rows.action_BT), scored.token_reward_BT
         sampled_BT = rows.logp_BT
         if self.score_position == "after":  # the state after the longest answer needs a column of its own
-            tokens, token_reward_BT, sampled_BT = _widen(tokens), _column(token_reward_BT), _column(sampled_BT)
+            tokens, token_reward_BT, sampled_BT = (
+                _widen(tokens),
+                _column(token_reward_BT),
+                _column(sampled_BT),
+            )
         value_BT = self._chunks(tokens, lambda part: cast.values("value", part))
         ref_BT = self._chunks(tokens, lambda part: cast.logp("reference", part, rows.temperature))
         logp_BT = sampled_BT
@@ -88,7 +92,9 @@ class Algorithm(Choice):
             scored.score_B, logp_BT, ref_BT, mask_BT, kl_coef, self.score_position
         )
         value_mask_BT = mask_BT | mask_BT.roll(1, -1) if self.score_position == "after" else mask_BT
-        shaped_BT = credit.whiten(reward_BT, value_mask_BT, shift_mean=False) if self.whiten_rewards else reward_BT
+        shaped_BT = (
+            credit.whiten(reward_BT, value_mask_BT, shift_mean=False) if self.whiten_rewards else reward_BT
+        )
         shaped_BT = shaped_BT.masked_fill(~value_mask_BT, 0.0)
         value_BT = value_BT.masked_fill(~value_mask_BT, 0.0)
         raw_BT = credit.gae(shaped_BT, value_BT, value_mask_BT, self.gamma, self.lam)
@@ -106,7 +112,9 @@ class Algorithm(Choice):
             value_mask_BT=value_mask_BT,
             temperature=rows.temperature,
             memory=self._remember(kl_coef, float(kl_B.mean()), kl_B.numel()),
-            metrics=self._summary(scored, kl_B, logp_BT, value_BT, returns_BT, raw_BT, mask_BT, value_mask_BT),
+            metrics=self._summary(
+                scored, kl_B, logp_BT, value_BT, returns_BT, raw_BT, mask_BT, value_mask_BT
+            ),
         )
 
     def loss(self, cast: Cast, batch: Experience) -> Loss:
@@ -114,7 +122,9 @@ class Algorithm(Choice):
         logp_BT, entropy_BT, value_BT = cast.logp_and_values("policy", "value", batch, batch.temperature)
         mask_BT, value_mask_BT = batch.action_BT, batch.value_mask_BT
         policy_BT = losses.clipped_surrogate(logp_BT, batch.logp_BT, batch.advantage_BT, self.cliprange)
-        error_BT = losses.clipped_value_error(value_BT, batch.value_BT, batch.returns_BT, self.cliprange_value)
+        error_BT = losses.clipped_value_error(
+            value_BT, batch.value_BT, batch.returns_BT, self.cliprange_value
+        )
         terms = {
             "loss/policy_avg": Term(policy_BT.masked_fill(~mask_BT, 0.0).sum(), "tokens"),
             "loss/value_avg": Term(error_BT.masked_fill(~value_mask_BT, 0.0).sum(), "values", self.vf_coef),
@@ -162,7 +172,9 @@ class Algorithm(Choice):
             "advantages/var": float(advantage_BT[mask_BT].var(correction=0)),
         }
 
-    def _seen(self, logp_BT: Tensor, entropy_BT: Tensor, value_BT: Tensor, batch: Experience) -> dict[str, Mean]:
+    def _seen(
+        self, logp_BT: Tensor, entropy_BT: Tensor, value_BT: Tensor, batch: Experience
+    ) -> dict[str, Mean]:
         """Metrics of one micro-batch, over its answer tokens (value metrics over its value tokens)."""
         mask_BT, value_mask_BT = batch.action_BT, batch.value_mask_BT
         change = (logp_BT - batch.logp_BT)[mask_BT]
@@ -177,7 +189,9 @@ class Algorithm(Choice):
             "policy/entropy_avg": Mean(entropy_BT[mask_BT].sum(), tokens),
             "val/ratio": Mean(ratio.sum(), tokens),
             "val/ratio_var": Mean((ratio - 1.0).square().sum(), tokens),
-            "val/clipfrac_avg": Mean(((moved - returns).square() > (value - returns).square()).float().sum(), values),
+            "val/clipfrac_avg": Mean(
+                ((moved - returns).square() > (value - returns).square()).float().sum(), values
+            ),
         }
 
 

@@ -1,0 +1,185 @@
+"""Training on data at rest: demonstrations, rankings. One loop for every offline algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pydantic import Field, SerializeAsAny, field_validator
+from torch import Tensor
+
+from palate import step
+from palate.algorithms.protocol import Offline
+from palate.batches import Rows
+from palate.cast import Cast, Layout
+from palate.data.source import Data
+from palate.models.load import Loaded
+from palate.models.make import Make
+from palate.run import Workspace
+from palate.settings import Choice, PalateError
+from palate.stages import _rows, _seats
+from palate.stages._normalise import Normalise, normalise
+from palate.stages._order import Order
+
+
+class Stage(Choice):
+    """Train a model on data at rest (demonstrations or rankings)."""
+
+    kind: str = "train"
+    """Training on data at rest."""
+    name: str = "train"
+    """The stage's name; later stages read its model as `stage:NAME`."""
+    model: str | Make
+    """Where to start: a folder, a hub id, `stage:NAME`, or the settings of a model to make from nothing."""
+    data: Data
+    """What to learn from: a file, folder, hub id or `world:NAME/shape`, or a mapping with more settings."""
+    algorithm: SerializeAsAny[Choice]
+    """What to make of it: a mapping with `kind` and its settings."""
+    layout: Layout = Layout()
+    """Which weights train: all of them, or adapters."""
+    optimiser: step.Optimiser = step.Optimiser()
+    """How weights move."""
+    encoding: _rows.Encoding = _rows.Encoding()
+    """How records become tokens."""
+    num_train_epochs: int = Field(1, ge=1)
+    """Passes over the data."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after so many optimiser steps, whatever the epochs say."""
+    batch_size: int = Field(32, ge=1)
+    """Rows (demonstrations, or prompts with their ranked answers) of one optimiser step."""
+    microbatch_size: int = Field(8, ge=1)
+    """Rows of one forward pass; changes memory, never the result."""
+    group_by_length: bool = False
+    """Draw rows of similar length into one batch: less padding, slightly less random order."""
+    normalise: Normalise | None = None
+    """Give the reward head a fixed scale before and after training (details 21 and 22)."""
+    eval_steps: int = Field(0, ge=0)
+    """Measure the held-out share of the data every so many steps; 0: at the end only."""
+    logging_steps: int = Field(10, ge=1)
+    """Write metrics every so many steps."""
+    save_steps: int = Field(0, ge=0)
+    """Write a checkpoint every so many steps; 0: about every tenth of the stage."""
+
+    @field_validator("algorithm", mode="before")
+    @classmethod
+    def _algorithm(cls, given: Any) -> Any:
+        return _seats.algorithm(given)
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _data(cls, given: Any) -> Any:
+        return _seats.data(given)
+
+    def references(self) -> list[str]:
+        """Earlier stages this one reads."""
+        return _seats.references(self.model, *(self.normalise.references() if self.normalise else []))
+
+    def files(self) -> list[str]:
+        """Files whose content counts for the cache."""
+        return self.data.files() + _seats.files(self.model)
+
+    def run(self, here: Workspace) -> None:
+        """Train, measure, save the model."""
+        algorithm: Offline = self.algorithm  # pyright: ignore[reportAssignmentType]
+        train, held = _rows.read(self.data, here.seed, algorithm.reads)
+        loaded = _seats.open_model(self.model, here, texts=_rows.texts(train))
+        rows = _rows.encode(train, loaded.tokenizer, self.encoding, loaded.trunk.context)
+        held_rows = _rows.encode(held, loaded.tokenizer, self.encoding, loaded.trunk.context) if held else []
+        cast = _seats.offline_cast(loaded, self.layout, algorithm.trains, (here.seed, self.name))
+        training = _Training(self, algorithm, here, loaded, cast, rows, held_rows)
+        if self.normalise is not None and training.done == 0:
+            normalise(self.normalise, "before", cast, loaded, train, here)
+        training.go()
+        if self.normalise is not None:
+            normalise(self.normalise, "after", cast, loaded, train, here)
+        _seats.save(here, cast, loaded, algorithm.trains[0], training.last, self.data)
+
+
+class _Training:
+    """The loop over one stage's data."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        algorithm: Offline,
+        here: Workspace,
+        loaded: Loaded,
+        cast: Cast,
+        rows: Sequence[_rows.Row],
+        held: Sequence[_rows.Row],
+    ) -> None:
+        self.stage, self.algorithm, self.here, self.cast = stage, algorithm, here, cast
+        self.pad, self.rows, self.held = loaded.tokenizer.pad, rows, held
+        if len(rows) < stage.batch_size:
+            raise PalateError(
+                f"{stage.name}: {len(rows)} rows do not fill one batch of {stage.batch_size}. "
+                "Lower batch_size or bring more data."
+            )
+        self.order = Order(
+            [row.length for row in rows], stage.batch_size, stage.group_by_length, (here.seed, stage.name)
+        )
+        self.steps = stage.max_steps or self.order.per_epoch * stage.num_train_epochs
+        self.stepper = step.Stepper(cast.parameters(algorithm.trains), stage.optimiser, here.world)
+        self.last: dict[str, float] = {}
+        self.done = self._resume()
+
+    def _resume(self) -> int:
+        found = self.here.store.newest()
+        if found is None:
+            return 0
+        number, tensors, state = found
+        self.cast.restore(_part(tensors, "model/"))
+        self.stepper.restore(_part(tensors, "optimiser/"))
+        self.last = dict(state["metrics"])
+        self.here.resume(number)
+        return number
+
+    def go(self) -> None:
+        """From where a checkpoint left off to the last step."""
+        stage = self.stage
+        save_every = stage.save_steps or max(1, self.steps // 10)
+        with self.here.progress(self.steps, stage.name, done=self.done) as bar:
+            for number in range(self.done + 1, self.steps + 1):
+                seen = self._step(number)
+                bar.advance(seen)
+                if number % stage.logging_steps == 0 or number == self.steps:
+                    self.last = {**seen, **self._held(number)}
+                    self.here.log(number, self.last)
+                if number % save_every == 0 and number < self.steps:
+                    self._save(number)
+
+    def _step(self, number: int) -> dict[str, float]:
+        batch = self._batch([self.rows[i] for i in self.order.batch(number - 1)])
+        with torch.no_grad():
+            batch = self.algorithm.prepare(self.cast, batch)
+        rate = self.stage.optimiser.rate(number - 1, self.steps)
+
+        def loss(part: Any) -> Any:
+            return self.algorithm.loss(self.cast, part)
+
+        seen = self.stepper.step(batch, loss, self.stage.microbatch_size, rate)
+        return {**seen, "epoch": number / self.order.per_epoch}
+
+    def _held(self, number: int) -> dict[str, float]:
+        every = self.stage.eval_steps
+        if not self.held or not (number == self.steps or (every and number % every == 0)):
+            return {}
+        size = self.stage.microbatch_size
+        parts = (self._batch(self.held[i : i + size]) for i in range(0, len(self.held), size))
+        found = step.evaluate(parts, lambda part: self.algorithm.loss(self.cast, part))
+        return {f"eval/{name}": value for name, value in found.items()}
+
+    def _batch(self, rows: Sequence[_rows.Row]) -> Rows:
+        return _rows.collate(rows, self.pad).to(self.cast.device)
+
+    def _save(self, number: int) -> None:
+        tensors: dict[str, Tensor] = {
+            f"model/{k}": v for k, v in self.cast.state(self.algorithm.trains).items()
+        }
+        tensors |= {f"optimiser/{k}": v for k, v in self.stepper.state().items()}
+        self.here.store.save(number, tensors, {"metrics": self.last})
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
