@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
@@ -16,12 +14,12 @@ def test_a_world_of_one_adds_to_itself() -> None:
     assert here.is_main
     assert here.sum(2.5) == 2.5
     assert torch.equal(here.sum(torch.arange(3)), torch.arange(3))
-    assert here.mean(6.0, 4.0) == 1.5
+    assert here.sum({"tokens": 3.0}) == {"tokens": 3.0}
     here.barrier()
 
 
-def test_a_mean_of_nothing_is_not_a_number() -> None:
-    assert math.isnan(World().mean(0.0, 0.0))
+def test_means_are_sums_over_counts_and_nothing_counted_has_no_mean() -> None:
+    assert World().sum_means({"loss": (6.0, 4.0), "never seen": (0.0, 0.0)}) == {"loss": 1.5}
 
 
 def test_only_rank_zero_is_main() -> None:

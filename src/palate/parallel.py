@@ -7,6 +7,7 @@ callers add through it and ask `is_main`, and no other file asks how many proces
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from palate.settings import PalateError
 
-Number = TypeVar("Number", float, Tensor)
+Summed = TypeVar("Summed", float, Tensor, dict[str, float])
 
 
 @dataclass(frozen=True)
@@ -29,14 +30,19 @@ class World:
         """Whether this process writes files and speaks to the user."""
         return self.rank == 0
 
-    def sum(self, value: Number) -> Number:
-        """`value`, a number or a tensor of any shape, added over all ranks; the same on each."""
+    def sum(self, value: Summed) -> Summed:
+        """`value` added over all ranks, the same on each: a number, a tensor of any shape, or numbers by
+        name.
+        """
         return value
 
-    def mean(self, total: float, count: float) -> float:
-        """The mean over all ranks from each rank's sum and count; nan when nothing was counted anywhere."""
-        counted = self.sum(count)
-        return self.sum(total) / counted if counted else float("nan")
+    def sum_means(self, means: Mapping[str, tuple[float, float]]) -> dict[str, float]:
+        """The mean over all ranks of each name from every rank's (sum, count); names without a count are left
+        out.
+        """
+        totals = self.sum({name: total for name, (total, _) in means.items()})
+        counts = self.sum({name: count for name, (_, count) in means.items()})
+        return {name: totals[name] / count for name, count in counts.items() if count}
 
     def barrier(self) -> None:
         """Return once every rank has come here."""
