@@ -1,0 +1,1 @@
+"""What the tasting room is made of: its words and its taste."""
