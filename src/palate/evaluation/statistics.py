@@ -43,9 +43,7 @@ def wilson(successes: float, trials: int, level: float = 0.95) -> Interval:
     honest near 0 and 1. `successes` may be fractional (a tie counts half). ValueError without a trial.
     """
     if trials <= 0 or not 0 <= successes <= trials:
-        raise ValueError(
-            f"a proportion needs 0 ≤ successes ≤ trials and at least one trial, not {successes}/{trials}"
-        )
+        raise ValueError(f"a proportion needs 0 ≤ successes ≤ trials and at least one trial, not {successes}/{trials}")
     z = NormalDist().inv_cdf(0.5 + level / 2)
     share = successes / trials
     shrink = 1 + z * z / trials
@@ -73,9 +71,7 @@ def bootstrap_ratio(
     above = np.asarray(numerator_N, dtype=np.float64)
     below = np.asarray(denominator_N, dtype=np.float64)
     if above.ndim != 1 or above.shape != below.shape or not above.size:
-        raise ValueError(
-            f"a bootstrap needs two lists of one length, at least 1, not {above.shape} and {below.shape}"
-        )
+        raise ValueError(f"a bootstrap needs two lists of one length, at least 1, not {above.shape} and {below.shape}")
     if not below.sum() > 0:
         raise ValueError("a bootstrap needs a denominator above 0")
     observed = float(above.sum() / below.sum())
@@ -95,8 +91,7 @@ def _resample(
         totals = below[picked].sum(axis=1)
         # A draw made of empty units only says nothing; it falls back on the whole sample.
         parts.append(
-            np.where(totals > 0, above[picked].sum(axis=1), above.sum())
-            / np.where(totals > 0, totals, below.sum())
+            np.where(totals > 0, above[picked].sum(axis=1), above.sum()) / np.where(totals > 0, totals, below.sum())
         )
     return np.concatenate(parts)
 
@@ -146,9 +141,7 @@ class Calibration:
     bins: tuple[CalibrationBin, ...]
 
 
-def calibration(
-    probability_N: ArrayLike, outcome_N: ArrayLike, bins: int = 10, low: float = 0.0
-) -> Calibration:
+def calibration(probability_N: ArrayLike, outcome_N: ArrayLike, bins: int = 10, low: float = 0.0) -> Calibration:
     """Expected calibration error over equal-width bins of [low, 1]. Guo et al. 2017, eq. 3.
 
     `probability_N` is what was predicted for an event, `outcome_N` whether it happened (0, 1, or ½ for a
