@@ -70,9 +70,7 @@ class Tokenizer:
         """
         turns = [{"role": m.role, "content": m.content} for m in messages]
         try:
-            return self.inner.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
+            return self.inner.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
         except (TemplateError, TypeError, ValueError) as fault:
             roles = ", ".join(m.role for m in messages)
             raise PalateError(
@@ -119,6 +117,4 @@ def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
     )
     inner.train_from_iterator(texts, trainer=trainer)
     names = dict(zip(("pad_token", "bos_token", "eos_token"), SPECIAL, strict=True))
-    return Tokenizer(
-        PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False, **names)
-    )
+    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False, **names))

@@ -1,9 +1,9 @@
 """A trunk: a transformers model seen as tokens → hidden states → logits, for any family, with any padding.
 
-Rows are compacted before the model sees them: pads move to the right and whole columns of padding are dropped;
-afterwards every padded cell is given the hidden state of the last real token before it, as lm-human-preferences does
-(docs/ppo_details.md, detail 6). So where the padding is, how much of it there is and which ids it holds cannot
-matter, whatever a family does about positions and masks.
+Rows are compacted before the model sees them: pads move to the right and columns of padding are dropped.
+Afterwards every padded cell is given the hidden state of the last real token before it, as in
+lm-human-preferences (docs/ppo_details.md, detail 6). So where the padding is, how much of it there is and which
+ids it holds cannot matter, whatever a family does about positions and masks.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def position_ids(real_BT: Tensor) -> Tensor:
 class Trunk(nn.Module):
     """tokens → hidden states → logits. Dropout is off for good, so two passes over a batch agree exactly.
 
-    `vocabulary` is how many ids the tokenizer has: logits of ids at or beyond it are −inf. `causal` is measured, not
-    believed: hidden states must not move when a later token is edited. `speaks` is False where the model has no
-    language-model head (a reward or value trunk). `width` is D, `context` the longest sequence.
+    `vocabulary` is how many ids the tokenizer has: logits of ids at or beyond it are −inf. `causal` is
+    measured, not believed: hidden states must not move when a later token is edited. `speaks` is False where
+    the model has no language-model head (a reward or value trunk). `width` is D, `context` the longest sequence.
 
     Raises PalateError when the logits computed here would differ from the model's own.
     """
@@ -44,8 +44,10 @@ class Trunk(nn.Module):
         self.vocabulary = vocabulary
         self.recomputes = False
         _silence_dropout(model)
-        self._first_position, self.context = _positions(self.base)
-        self._takes_positions = "position_ids" in inspect.signature(self.base.forward).parameters
+        self.first_position, self.context = _positions(self.base)
+        takes = inspect.signature(self.base.forward).parameters
+        self.caches = "past_key_values" in takes
+        self._takes_positions = "position_ids" in takes
         self.causal = False
         self.causal, self.width = _measure(self)
         self._head = _find_head(self)
@@ -76,7 +78,7 @@ class Trunk(nn.Module):
         return next(self.parameters()).dtype
 
     def checkpoint_activations(self) -> None:
-        """Keep only the blocks' inputs for the backward pass and compute the rest again: less memory, more time."""
+        """Keep only the blocks' inputs for the backward pass and compute the rest again: memory for time."""
         how = {"use_reentrant": False, "context_fn": remember_adapter}
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
         self.recomputes = True
@@ -90,11 +92,11 @@ class Trunk(nn.Module):
         packed_BS, exists_BS = _compact(tokens_BT, real_BT)
         self._check_length(packed_BS.shape[1])
         more: dict[str, Any] = {} if self.causal else {"attention_mask": exists_BS.long()}
-        if self._first_position:
-            more["position_ids"] = position_ids(torch.ones_like(packed_BS)) + self._first_position
-        hidden_BSD = cast(
-            Tensor, self.base(input_ids=packed_BS, **_uncached(self.base), **more).last_hidden_state
-        )
+        if self.first_position:
+            more["position_ids"] = position_ids(torch.ones_like(packed_BS)) + self.first_position
+        if self.caches:
+            more["use_cache"] = False
+        hidden_BSD = cast(Tensor, self.base(input_ids=packed_BS, **more).last_hidden_state)
         if packed_BS.shape == tokens_BT.shape and bool(real_BT.all()):
             return hidden_BSD
         last_BT = (real_BT.long().cumsum(-1) - 1).clamp(min=0)
@@ -104,7 +106,8 @@ class Trunk(nn.Module):
         """Next-token logits N×V in float32, −inf at ids that are not the tokenizer's."""
         if self._head is None:
             raise PalateError(
-                f"{self.family}: this model has no language-model head, so it cannot be a policy."
+                f"{self.family}: this model has no language-model head, so it cannot be a policy. "
+                "Give the folder of a causal language model."
             )
         logits_NV = _head_logits(self.model, self._head, hidden_ND)
         if self.vocabulary < logits_NV.shape[-1]:
@@ -112,11 +115,17 @@ class Trunk(nn.Module):
         return logits_NV
 
     def extend(self, tokens_BS: Tensor, real_BL: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """Hidden states B×S×D of S new tokens after the L−S that are in `cache` (None at the start), and the cache.
+        """Hidden states B×S×D of S new tokens after the L−S in `cache` (None at the start), and the cache.
 
-        `real_BL` marks the real ones among all L; pads may stand anywhere and their hidden states mean nothing.
-        The cache is transformers' own and is extended in place.
+        `real_BL` marks the real ones among all L; pads may stand anywhere; their hidden states mean nothing.
+        The cache is transformers' own and is extended in place. Raises PalateError for families that keep no
+        keys and values.
         """
+        if not self.caches:
+            raise PalateError(
+                f"{self.family}: this family keeps no keys and values, so palate cannot sample from it. "
+                "Choose a transformer with attention in every block."
+            )
         self._set_training(False)
         new = tokens_BS.shape[1]
         self._check_length(int(real_BL.sum(-1).max()))
@@ -126,13 +135,13 @@ class Trunk(nn.Module):
         if not bool(real_BL.all()):
             more["attention_mask"] = real_BL.long()
         if self._takes_positions:
-            more["position_ids"] = position_ids(real_BL)[:, -new:] + self._first_position
+            more["position_ids"] = position_ids(real_BL)[:, -new:] + self.first_position
         ids_BS = tokens_BS.masked_fill(~real_BL[:, -new:], 0)
         out = self.base(input_ids=ids_BS, past_key_values=cache, use_cache=True, **more)
         return cast(Tensor, out.last_hidden_state), out.past_key_values
 
     def _set_training(self, training: bool) -> None:
-        """Dropout is zero in either mode; the mode only tells transformers whether to checkpoint activations."""
+        """The mode only tells transformers whether to checkpoint activations: dropout is zero in both."""
         if self.model.training != training:
             self.model.train(training)
 
@@ -174,23 +183,15 @@ def _positions(base: PreTrainedModel) -> tuple[int, int]:
         UNLIMITED,
     )
     for name, module in base.named_modules():
-        if (
-            name.endswith("position_embeddings")
-            and isinstance(module, nn.Embedding)
-            and module.padding_idx is not None
-        ):
-            first = int(module.padding_idx) + 1
+        table = module if isinstance(module, nn.Embedding) and name.endswith("position_embeddings") else None
+        if table is not None and table.padding_idx is not None:
+            first = int(table.padding_idx) + 1
             return first, longest - first
     return 0, longest
 
 
-def _uncached(base: PreTrainedModel) -> dict[str, bool]:
-    """Families that can cache are told not to when a whole batch is read at once."""
-    return {"use_cache": False} if "past_key_values" in inspect.signature(base.forward).parameters else {}
-
-
 def _head_logits(model: PreTrainedModel, head: str, hidden: Tensor) -> Tensor:
-    """The head's output in float32 with what some families do to it: scaling (Cohere, Granite) and capping (Gemma)."""
+    """The head's output in float32, scaled (Cohere, Granite) or capped (Gemma) as the family does."""
     config: Any = model.config.get_text_config()
     logits = cast(Tensor, model.get_submodule(head)(hidden)).float()
     if scale := getattr(config, "logit_scale", None):
@@ -202,18 +203,19 @@ def _head_logits(model: PreTrainedModel, head: str, hidden: Tensor) -> Tensor:
     return logits
 
 
-def _probe_tokens(trunk: Trunk) -> Tensor:
-    rows = trunk.model.get_input_embeddings().weight.shape[0]
-    return (torch.arange(1, 9, device=trunk.device) * 7 % rows)[None]
+def _probe(trunk: Trunk) -> tuple[Tensor, Tensor, Tensor]:
+    """A short row of different ids, the same with its last token edited, and the mask that all are real."""
+    rows = cast(nn.Embedding, trunk.model.get_input_embeddings()).weight.shape[0]
+    tokens = (torch.arange(1, 9, device=trunk.device) * 7 % rows)[None]
+    edited = tokens.clone()
+    edited[0, -1] = (tokens[0, -1] + 1) % rows
+    return tokens, edited, torch.ones_like(tokens, dtype=torch.bool)
 
 
 @torch.no_grad()
 def _measure(trunk: Trunk) -> tuple[bool, int]:
-    """(causal, width), by editing the last token of a short row and looking at the hidden states before it."""
-    tokens = _probe_tokens(trunk)
-    edited = tokens.clone()
-    edited[0, -1] = (tokens[0, -1] + 1) % trunk.model.get_input_embeddings().weight.shape[0]
-    real = torch.ones_like(tokens, dtype=torch.bool)
+    """(causal, width), by editing the last token of a short row and looking at the states before it."""
+    tokens, edited, real = _probe(trunk)
     before, after = trunk.hidden(tokens, real).float(), trunk.hidden(edited, real).float()
     moved = (before - after)[:, :-1].abs().max()
     return bool(moved <= 1e-6 * before.abs().max()), before.shape[-1]
@@ -225,9 +227,8 @@ def _find_head(trunk: Trunk) -> str | None:
     outputs = trunk.model.get_output_embeddings()
     if outputs is None:
         return None
-    tokens = _probe_tokens(trunk)
-    real = torch.ones_like(tokens, dtype=torch.bool)
-    more = {"position_ids": position_ids(real) + trunk._first_position} if trunk._first_position else {}
+    tokens, _, real = _probe(trunk)
+    more = {"position_ids": position_ids(real) + trunk.first_position} if trunk.first_position else {}
     expected = cast(Tensor, trunk.model(input_ids=tokens, **more).logits).float()
     hidden = trunk.hidden(tokens, real)
     names = [name for name, module in trunk.model.named_modules() if module is outputs]
@@ -236,8 +237,8 @@ def _find_head(trunk: Trunk) -> str | None:
         if found.shape == expected.shape and _close(found, expected, trunk.dtype):
             return name
     raise PalateError(
-        f"{trunk.family}: this family does something to its logits that palate does not know, so its numbers would be "
-        "wrong. Choose another family, or report the family's name."
+        f"{trunk.family}: this family does something to its logits that palate does not know, so its numbers "
+        "would be wrong. Choose another family, or report the family's name."
     )
 
 
