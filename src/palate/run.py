@@ -1,0 +1,319 @@
+"""A run: one experiment, its stages in order, in one folder that can be read with `cat`.
+
+    runs/NAME/
+      run.yaml  resolved.yaml  provenance.json     as given · every value with its origin · versions, seed, command
+      1-sft/    stage.yaml  metrics.jsonl  samples.jsonl  warnings.jsonl  checkpoints/  model/  DONE
+      report.html  report.md
+
+A stage whose settings, seed, data and earlier stages are what its DONE file says is skipped, so the same
+command is also how a run goes on after it was stopped, and changing one stage runs again only what depends on
+it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import yaml
+from pydantic import Field, field_validator
+
+from palate import parallel, settings, tracking
+from palate.evidence import Evidence, gather
+from palate.live import Display, duration
+from palate.provenance import Origins, annotated, now, provenance, read_json, write_json
+from palate.settings import PalateError, Settings, nearest
+from palate.workspace import Workspace
+
+__all__ = ["Experiment", "Outcome", "Plan", "StageOutcome", "Workspace", "execute", "plan", "plan_file"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class Experiment(Settings):
+    """One experiment: what is common to its stages, and the stages."""
+
+    name: str
+    """The run's folder under `output_dir`; the recipe's file name when not given."""
+    seed: int = Field(1, ge=0)
+    """Every random draw of the run depends on it and on nothing else."""
+    output_dir: str = "runs"
+    """The folder that holds the runs."""
+    report_to: tuple[str, ...] = ()
+    """Trackers beside metrics.jsonl: tensorboard, trackio, wandb. One that fails never stops the run."""
+    keep_checkpoints: int = Field(2, ge=1)
+    """How many checkpoints of a stage are kept while it runs."""
+    verl_names: bool = False
+    """Log each metric under verl's name too, where verl has one."""
+    stages: tuple[dict[str, Any], ...] = Field(min_length=1)
+    """The stages in order; each a mapping with `kind` and that stage's settings."""
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"{name!r} cannot be a folder name. Use letters, digits, '.', '_' and '-'.")
+        return name
+
+
+@runtime_checkable
+class Stage(Protocol):
+    """What the run asks of a stage: any settings class with these may be a `kind`."""
+
+    name: str
+
+    def references(self) -> list[str]:
+        """Names of the earlier stages it reads."""
+        ...
+
+    def files(self) -> list[str]:
+        """Files and folders whose content counts for the cache; what is not there is left out."""
+        ...
+
+    def run(self, here: Workspace) -> None:
+        """Do the job; leave what later stages load in `here.folder / "model"`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An experiment whose every setting was found valid. `given` is what was asked, as asked."""
+
+    experiment: Experiment
+    stages: tuple[Stage, ...]
+    given: Mapping[str, Any]
+    resolved: Mapping[str, Any]
+    origins: Origins
+
+    @property
+    def folder(self) -> Path:
+        """The run directory."""
+        return Path(self.experiment.output_dir).expanduser() / self.experiment.name
+
+    def stage_folder(self, index: int) -> Path:
+        """The numbered folder of a stage, counted from 1."""
+        return self.folder / f"{index + 1}-{self.stages[index].name}"
+
+
+def plan_file(path: Path, assignments: Sequence[str] = ()) -> Plan:
+    """The plan of a YAML file with dotted overrides; every fault is found here, before anything runs."""
+    given = settings.read_yaml(path)
+    return plan({"name": path.stem, **given}, assignments)
+
+
+def plan(given: Mapping[str, Any], assignments: Sequence[str] = (), source: str = "file") -> Plan:
+    """The plan of a mapping of settings. Raises PalateError for the first fault."""
+    asked = settings.override(dict(given), assignments)
+    experiment = settings.parse(Experiment, asked)
+    tracking.require_known(experiment.report_to)
+    stages = tuple(_stage(s, f"stages.{i}") for i, s in enumerate(experiment.stages))
+    _require_order(stages)
+    dumped = [_dump(stage) for stage in stages]
+    resolved = {**experiment.model_dump(mode="json", exclude={"stages"}), "stages": dumped}
+    return Plan(experiment, stages, given, resolved, Origins(asked, assignments, source))
+
+
+def _stage(given: Mapping[str, Any], where: str) -> Stage:
+    built = settings.build("stages", given, where)
+    if not isinstance(built, Stage):
+        raise PalateError(f"{where}.kind: {given['kind']!r} is no stage. A stage has name, references, files and run.")
+    if not _NAME.fullmatch(built.name):
+        raise PalateError(f"{where}.name: {built.name!r} cannot be a folder name. Use letters, digits, '.', '_', '-'.")
+    return built
+
+
+def _dump(stage: Stage) -> dict[str, Any]:
+    assert isinstance(stage, Settings)
+    return stage.model_dump(mode="json")
+
+
+def _require_order(stages: Sequence[Stage]) -> None:
+    """Every stage that is read comes before the one that reads it, and names are used once."""
+    names = [stage.name for stage in stages]
+    for index, stage in enumerate(stages):
+        before = names[:index]
+        if stage.name in before:
+            raise PalateError(f"stages.{index}.name: {stage.name!r} is taken by stages.{names.index(stage.name)}.")
+        for wanted in stage.references():
+            if wanted not in before:
+                raise PalateError(_no_such_stage(index, stage.name, wanted, names))
+
+
+def _no_such_stage(index: int, name: str, wanted: str, names: Sequence[str]) -> str:
+    where, before = f"stages.{index}: stage {name!r} reads 'stage:{wanted}'", names[:index]
+    if wanted in names[index:]:
+        return f"{where}, which does not come before it. Move stage {wanted!r} up."
+    known = f"Stages before it: {', '.join(before)}." if before else "It is the first stage."
+    move = f"Add a {wanted!r} stage before it, or name a model folder instead."
+    return f"{where}, but no stage before it has that name.{nearest(wanted, before)} {known} {move}"
+
+
+@dataclass(frozen=True)
+class StageOutcome:
+    """How one stage went."""
+
+    name: str
+    folder: Path
+    skipped: bool
+    seconds: float
+    metrics: Mapping[str, Any]
+    """The last metrics it logged."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run went."""
+
+    folder: Path
+    stages: tuple[StageOutcome, ...]
+    seconds: float
+
+
+def execute(plan: Plan, display: Display, command: Sequence[str] = ()) -> Outcome:
+    """Run every stage that is not done yet, in order, and return what came of it.
+
+    Raises PalateError when another process is at work in the folder, and whatever a stage raises; the same
+    call made again goes on from the newest verified checkpoint of the stage that was stopped.
+    """
+    world = parallel.world()
+    began = time.monotonic()
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    with _alone(plan.folder):
+        _describe(plan, command)
+        outcomes: list[StageOutcome] = []
+        hashes: dict[str, str] = {}
+        for index, stage in enumerate(plan.stages):
+            evidence = gather(_dump(stage), plan.experiment.seed, stage.references(), hashes, stage.files())
+            outcomes.append(_run_stage(plan, index, evidence, world, display))
+            hashes[stage.name] = evidence.hash
+    return Outcome(plan.folder, tuple(outcomes), time.monotonic() - began)
+
+
+@contextmanager
+def _alone(folder: Path) -> Generator[None]:
+    """Hold the run directory; a second process is told who holds it. A killed process lets go by dying."""
+    with (folder / ".lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            holder = file.read().strip() or "unknown"
+            raise PalateError(
+                f"{folder}: process {holder} is already at work in this run directory. "
+                "Wait for it, or give this run another name: name=NAME."
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _describe(plan: Plan, command: Sequence[str]) -> None:
+    folder = plan.folder
+    given = yaml.safe_dump(dict(plan.given), sort_keys=False, allow_unicode=True)
+    (folder / "run.yaml").write_text(given, encoding="utf-8")
+    (folder / "resolved.yaml").write_text(annotated(plan.resolved, plan.origins), encoding="utf-8")
+    path = folder / "provenance.json"
+    write_json(path, provenance(plan.experiment.seed, command, read_json(path)))
+
+
+def _run_stage(plan: Plan, index: int, evidence: Evidence, world: parallel.World, display: Display) -> StageOutcome:
+    stage, folder = plan.stages[index], plan.stage_folder(index)
+    _adopt(plan, folder, stage.name)
+    if _is_done(folder, evidence, display.warn):
+        display.say(f"{stage.name}: done before, skipped")
+        return StageOutcome(stage.name, folder, True, 0.0, _last_metrics(folder))
+    _set_aside(folder, evidence, display)
+    began = time.monotonic()
+    _start(plan, index, evidence)
+    here = _workspace(plan, index, world, display)
+    try:
+        stage.run(here)
+    finally:
+        here.close()
+    seconds = time.monotonic() - began
+    finished = {"hash": evidence.hash, "evidence": evidence.parts, "outputs": _outputs(folder)}
+    write_json(folder / "DONE", {**finished, "finished": now(), "seconds": round(seconds, 3)})
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    display.say(f"{stage.name}: done in {duration(seconds)}")
+    return StageOutcome(stage.name, folder, False, seconds, _last_metrics(folder))
+
+
+def _adopt(plan: Plan, folder: Path, name: str) -> None:
+    """A stage that only changed its place in the order keeps its folder under the new number."""
+    if folder.exists():
+        return
+    for old in sorted(plan.folder.glob(f"*-{name}")):
+        if old.name.removesuffix(f"-{name}").isdigit():
+            old.rename(folder)
+            return
+
+
+def _is_done(folder: Path, evidence: Evidence, warn: Callable[[str], None]) -> bool:
+    done = read_json(folder / "DONE")
+    if done.get("hash") != evidence.hash:
+        return False
+    if done.get("outputs") == _outputs(folder):
+        return True
+    warn(f"{folder}: its model is not as DONE left it; the stage runs again.")
+    return False
+
+
+def _outputs(folder: Path) -> dict[str, int]:
+    """What a stage made for later stages: file names and sizes."""
+    model = folder / "model"
+    files = sorted(f for f in model.rglob("*") if f.is_file()) if model.is_dir() else []
+    return {str(f.relative_to(folder)): f.stat().st_size for f in files}
+
+
+def _set_aside(folder: Path, evidence: Evidence, display: Display) -> None:
+    """Work under other settings is not continued: it moves to `replaced/`, where one earlier version is kept."""
+    if not folder.exists():
+        return
+    before = read_json(folder / ".started") or read_json(folder / "DONE")
+    unfinished = not (folder / "DONE").exists()
+    if not before or (unfinished and before.get("hash") == evidence.hash):
+        return
+    replaced = folder.parent / "replaced" / folder.name
+    shutil.rmtree(replaced, ignore_errors=True)
+    replaced.parent.mkdir(exist_ok=True)
+    folder.rename(replaced)
+    why = evidence.difference(before.get("evidence", {}))
+    display.say(f"{folder.name}: runs again, because of a change in {why}; what it made before is in {replaced}")
+
+
+def _start(plan: Plan, index: int, evidence: Evidence) -> None:
+    folder = plan.stage_folder(index)
+    folder.mkdir(exist_ok=True)
+    text = annotated(plan.resolved["stages"][index], plan.origins, ("stages", str(index)))
+    (folder / "stage.yaml").write_text(text, encoding="utf-8")
+    write_json(folder / ".started", {"hash": evidence.hash, "evidence": evidence.parts})
+
+
+def _workspace(plan: Plan, index: int, world: parallel.World, display: Display) -> Workspace:
+    experiment = plan.experiment
+    return Workspace(
+        folder=plan.stage_folder(index),
+        name=plan.stages[index].name,
+        seed=experiment.seed,
+        models={s.name: plan.stage_folder(i) / "model" for i, s in enumerate(plan.stages[:index])},
+        world=world,
+        display=display,
+        trackers={name: tracking.TRACKERS[name] for name in experiment.report_to},
+        settings=plan.resolved["stages"][index],
+        keep_checkpoints=experiment.keep_checkpoints,
+        verl_names=experiment.verl_names,
+    )
+
+
+def _last_metrics(folder: Path) -> Mapping[str, Any]:
+    rows = tracking.JsonLines(folder / "metrics.jsonl").read()
+    return rows[-1] if rows else {}
