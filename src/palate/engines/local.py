@@ -1,0 +1,188 @@
+"""The local engine: batched sampling on the trunk that is being trained, with a key-value cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from palate import randomness
+from palate.batches import Rollouts
+from palate.engines.draw import draw, drawn_from
+from palate.engines.engine import Sampling, answers_per_prompt, lay_out
+from palate.models.lora import wear
+from palate.models.tokenizer import Tokenizer
+from palate.models.trunk import Trunk
+from palate.settings import PalateError
+
+
+@dataclass
+class _Draft:
+    """An answer being written."""
+
+    prompt: int
+    key: int
+    tokens: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    finished: bool = False
+
+
+@dataclass
+class _Live:
+    """The answers of one chunk that are still being written, and what the trunk remembers of them."""
+
+    drafts: list[_Draft]
+    hidden_BD: Tensor
+    real_BL: Tensor
+    cache: Any
+
+    def keep(self, index: Tensor) -> None:
+        """Only these rows go on; the rest leave the cache."""
+        self.drafts = [self.drafts[i] for i in index.tolist()]
+        self.real_BL = self.real_BL[index]
+        self.cache.batch_select_indices(index)
+
+
+class LocalEngine:
+    """Answers from a trunk in this process, with its weights as they are when `generate` is called."""
+
+    def __init__(
+        self,
+        trunk: Trunk,
+        tokenizer: Tokenizer,
+        sampling: Sampling,
+        adapter: str | None = None,
+        batch_size: int = 64,
+    ) -> None:
+        """`batch_size` is how many answers are written at once; it moves memory and speed, not answers."""
+        self.trunk, self.tokenizer, self.sampling = trunk, tokenizer, sampling
+        self.adapter, self.batch_size = adapter, batch_size
+        if not (trunk.causal and trunk.speaks):
+            fault = "has no language-model head" if trunk.causal else "reads both ways (an encoder)"
+            raise PalateError(f"{trunk.family}: this model {fault}, so it cannot write. Take a causal language model.")
+        self._ends = self._end_tokens()
+
+    def _end_tokens(self) -> Tensor:
+        """EOS and the stop tokens; nothing where answers never stop."""
+        stops, eos = self.sampling.stop_token_ids, self.tokenizer.eos
+        unknown = [i for i in stops if not 0 <= i < self.tokenizer.size]
+        if unknown:
+            raise PalateError(
+                f"sampling.stop_token_ids: there is no token {unknown[0]}; ids run from 0 to {self.tokenizer.size - 1}."
+            )
+        if eos is None and not stops and not self.sampling.fixed_length:
+            raise PalateError(
+                "sampling: the tokenizer has no EOS, so no answer could end. Name stop_token_ids, set "
+                "fixed_length: true, or name one of its tokens as the end with the model's end_token."
+            )
+        ends = [] if self.sampling.fixed_length else [*stops, *([] if eos is None else [eos])]
+        return torch.tensor(ends, dtype=torch.long, device=self.trunk.device)
+
+    @torch.no_grad()
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], keys: Sequence[int], version: int = 0, greedy: bool = False
+    ) -> Rollouts:
+        """One answer per key; see `Engine.generate`. `greedy` takes the likeliest token, without randomness.
+
+        `logp_BT` is of the distribution drawn from; for greedy answers, of the one not drawn from.
+        """
+        per_prompt = answers_per_prompt(len(prompt_ids), len(keys))
+        for index, ids in enumerate(prompt_ids):
+            self._check(index, ids)
+        drafts = [_Draft(row // per_prompt, key) for row, key in enumerate(keys)]
+        asked = [tuple(prompt_ids[d.prompt]) for d in drafts]
+        order = sorted(range(len(drafts)), key=lambda row: (len(asked[row]), asked[row]))
+        with wear(self.adapter):
+            for start in range(0, len(order), self.batch_size):
+                chunk = [drafts[row] for row in order[start : start + self.batch_size]]
+                self._write(chunk, prompt_ids, greedy)
+        return lay_out(
+            prompt_ids,
+            [d.tokens for d in drafts],
+            [d.logps for d in drafts],
+            [d.finished for d in drafts],
+            pad=self.tokenizer.pad,
+            version=version,
+            temperature=self.sampling.temperature,
+            device=self.trunk.device,
+        )
+
+    def _check(self, index: int, ids: Sequence[int]) -> None:
+        room = self.trunk.context - self.sampling.max_new_tokens
+        if len(ids) == 0:
+            raise PalateError(f"prompt {index} has no token: begin it with text or with the BOS token.")
+        if len(ids) > room:
+            shown = self.tokenizer.decode(list(ids[:16]))
+            raise PalateError(
+                f"prompt {index} ({shown!r}…) has {len(ids)} tokens; the model's context of "
+                f"{self.trunk.context} leaves {max(room, 0)} beside max_new_tokens "
+                f"{self.sampling.max_new_tokens}. Shorten or drop the prompt, or lower max_new_tokens."
+            )
+
+    def _write(self, drafts: list[_Draft], prompt_ids: Sequence[Sequence[int]], greedy: bool) -> None:
+        """Write the answers of one chunk, all places at once, dropping those that ended."""
+        live = self._read(drafts, prompt_ids)
+        for t in range(self.sampling.max_new_tokens):
+            token_B, logp_B = self._next(live, t, greedy)
+            ended_B = torch.isin(token_B, self._ends)
+            for draft, token, logp, ended in _rows(live.drafts, token_B, logp_B, ended_B):
+                draft.tokens.append(token)
+                draft.logps.append(logp)
+                draft.finished = ended
+            if t + 1 == self.sampling.max_new_tokens or bool(ended_B.all()):
+                return
+            if bool(ended_B.any()):
+                going = (~ended_B).nonzero()[:, 0]
+                live.keep(going)
+                token_B = token_B[going]
+            live.real_BL = torch.cat([live.real_BL, torch.ones_like(live.real_BL[:, :1])], -1)
+            hidden_B1D, live.cache = self.trunk.extend(token_B[:, None], live.real_BL, live.cache)
+            live.hidden_BD = hidden_B1D[:, -1]
+
+    def _read(self, drafts: list[_Draft], prompt_ids: Sequence[Sequence[int]]) -> _Live:
+        """Read each distinct prompt once (padded on the left), then deal it out to its answers."""
+        asked = [tuple(prompt_ids[d.prompt]) for d in drafts]
+        place = {ids: i for i, ids in enumerate(dict.fromkeys(asked))}
+        longest = max(map(len, place))
+        tokens_PL = torch.full((len(place), longest), self.tokenizer.pad)
+        real_PL = torch.zeros(len(place), longest, dtype=torch.bool)
+        for ids, i in place.items():
+            tokens_PL[i, longest - len(ids) :] = torch.tensor(ids)
+            real_PL[i, longest - len(ids) :] = True
+        device = self.trunk.device
+        real_PL = real_PL.to(device)
+        hidden_PLD, cache = self.trunk.extend(tokens_PL.to(device), real_PL, None)
+        deal = torch.tensor([place[ids] for ids in asked], device=device)
+        if len(place) < len(drafts):
+            cache.batch_select_indices(deal)
+        return _Live(drafts, hidden_PLD[deal, -1], real_PL[deal], cache)
+
+    def _next(self, live: _Live, t: int, greedy: bool) -> tuple[Tensor, Tensor]:
+        """Token t of every live answer and its log-probability."""
+        logits_BV = self.trunk.logits(live.hidden_BD)
+        logp_BV = drawn_from(logits_BV, self.sampling, self._ends, early=t < self.sampling.min_new_tokens)
+        broken_B = logp_BV.isnan().any(-1)
+        if bool(broken_B.any()):
+            prompt = live.drafts[int(broken_B.nonzero()[0])].prompt
+            raise PalateError(
+                f"token {t} of the answer to prompt {prompt}: the model's logits are not numbers. Its "
+                f"weights have diverged or its precision overflows: lower the learning rate, or load it in "
+                f"float32."
+            )
+        if greedy:
+            token_B = logp_BV.argmax(-1)
+        else:
+            keys_B = np.array([d.key for d in live.drafts], dtype=np.uint64)
+            uniform_B = torch.from_numpy(randomness.uniforms(keys_B, t)).to(logp_BV.device)
+            token_B = draw(logp_BV, uniform_B)
+        return token_B, logp_BV.gather(-1, token_B[:, None])[:, 0]
+
+
+def _rows(
+    drafts: list[_Draft], token_B: Tensor, logp_B: Tensor, ended_B: Tensor
+) -> Iterator[tuple[_Draft, int, float, bool]]:
+    return zip(drafts, token_B.tolist(), logp_B.tolist(), ended_B.tolist(), strict=True)

@@ -1,0 +1,112 @@
+"""A trained reward model as the reward, with the policy's tokenizer or its own."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field, PrivateAttr
+from torch import Tensor
+
+from palate.batches import Tokens
+from palate.cast import Cast, Seat
+from palate.models.load import Loaded, Loading, load
+from palate.models.tokenizer import Tokenizer
+from palate.rewards.reward import Answers, Verdict
+from palate.settings import Choice, PalateError
+
+
+class Reward(Choice):
+    """The head of a reward model, read at the last token of prompt and answer (detail 18 of ppo_details.md).
+
+    Where the reward model gives every id the meaning the policy gives it, it reads the sampled ids themselves.
+    Where it does not, prompt and answer are encoded anew from their text, for this model only.
+    """
+
+    kind: str = "model"
+    """A trained reward model."""
+    model: str
+    """A folder with a reward model, a hub id, or stage:NAME."""
+    batch_size: int = Field(32, ge=1)
+    """Answers of one forward pass; changes memory and speed, not scores."""
+    name: str = ""
+    """What tables and metrics call it; empty is `model`."""
+
+    loading: Loading = Loading()
+    """How its weights come into memory: number format and device."""
+
+    _loaded: Loaded | None = PrivateAttr(None)
+
+    @property
+    def label(self) -> str:
+        """The given name, or `model`."""
+        return self.name or "model"
+
+    def score(self, answers: Answers) -> Verdict:
+        """One score per answer. Raises PalateError where the head is untrained or an answer does not fit."""
+        loaded = self._open()
+        score_B = _scores(loaded, tokens_for(loaded, answers), self.batch_size)
+        broken_B = ~score_B.isfinite()
+        if bool(broken_B.any()):
+            row = int(broken_B.nonzero()[0])
+            raise PalateError(
+                f"reward {self.label}: {self.model} gives {float(score_B[row])} to {answers.name(row)}. Its "
+                f"weights have diverged or its precision overflows: train it again, or load it in float32."
+            )
+        score_B = score_B.to(answers.rollouts.tokens_BT.device)
+        return Verdict(score_B, None, {self.label: score_B})
+
+    def _open(self) -> Loaded:
+        """The model, loaded once."""
+        if self._loaded is None:
+            self._loaded = load(self.model, "reward", self.loading)
+        return self._loaded
+
+
+def tokens_for(loaded: Loaded, answers: Answers) -> Tokens:
+    """What the reward model reads: the sampled ids, or texts encoded anew; `action_BT` is True on the answer."""
+    rows = answers.rollouts
+    mine, theirs = loaded.tokenizer, answers.tokenizer
+    if mine.same_words(theirs) and mine.eos == theirs.eos:
+        tokens = Tokens(rows.tokens_BT, rows.real_BT, rows.action_BT)
+    else:
+        tokens = _encoded(mine, answers)
+    longest_B = tokens.real_BT.sum(-1)
+    if int(longest_B.max()) > loaded.trunk.context:
+        row = int(longest_B.argmax())
+        raise PalateError(
+            f"reward model: {answers.name(row)} has {int(longest_B[row])} tokens with its answer; the reward model's "
+            f"context is {loaded.trunk.context}. Shorten prompts or answers, or take a model with a longer context."
+        )
+    return tokens.to(loaded.trunk.device)
+
+
+def _encoded(tokenizer: Tokenizer, answers: Answers) -> Tokens:
+    """Prompt and answer by another tokenizer, encoded apart as the data are, an EOS after answers that ended."""
+    pieces = [_pieces(tokenizer, answers, row) for row in range(answers.size)]
+    width = max(len(prompt) + len(answer) for prompt, answer in pieces)
+    tokens_BT = torch.full((len(pieces), width), tokenizer.pad)
+    real_BT = torch.zeros(len(pieces), width, dtype=torch.bool)
+    action_BT = torch.zeros_like(real_BT)
+    for row, (prompt, answer) in enumerate(pieces):
+        end = len(prompt) + len(answer)
+        tokens_BT[row, :end] = torch.tensor([*prompt, *answer])
+        real_BT[row, :end] = True
+        action_BT[row, len(prompt) : end] = True
+    return Tokens(tokens_BT, real_BT, action_BT)
+
+
+def _pieces(tokenizer: Tokenizer, answers: Answers, row: int) -> tuple[list[int], list[int]]:
+    said, completion = answers.said[row], answers.completions[row]
+    prompt = said if isinstance(said, str) else tokenizer.render(said, add_generation_prompt=True)
+    finished = bool(answers.rollouts.finished_B[row])
+    end = [tokenizer.eos] if finished and tokenizer.eos is not None else []
+    return tokenizer.encode(prompt), [*tokenizer.encode(completion), *end]
+
+
+@torch.no_grad()
+def _scores(loaded: Loaded, tokens: Tokens, batch_size: int) -> Tensor:
+    """Scores in the order of the rows, computed on rows of like length."""
+    cast = Cast({"reward": Seat(loaded.trunk, None, loaded.head)})
+    order_B = tokens.real_BT.sum(-1).argsort(stable=True)
+    parts = [cast.scores("reward", part.trimmed()) for part in tokens.select(order_B).split(batch_size)]
+    sorted_B = torch.cat(parts)
+    return torch.empty_like(sorted_B).index_copy(0, order_B, sorted_B)
