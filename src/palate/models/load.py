@@ -19,8 +19,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging
 
 from palate.models import peft_format
@@ -85,12 +87,12 @@ def load(path: str | Path, use: Use = "policy", how: Loading | None = None) -> L
     if (folder / peft_format.CONFIG).exists():
         return _adapted(folder, use, how)
     _check_folder(path, folder, how)
-    with _quiet(), _explained(path, how):
+    with quiet(), _explained(path, how):
         tokenizer = _tokenizer(path, how)
         model, head = _model(path, folder, use, how)
     rows = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
     _check_vocabulary(path, tokenizer, rows)
-    trunk = Trunk(model.to(how.place), min(tokenizer.size, rows))
+    trunk = Trunk(model, min(tokenizer.size, rows)).to(how.place)
     if use == "policy":
         _check_policy(path, trunk, tokenizer)
     if how.checkpoint_activations:
@@ -130,10 +132,10 @@ def _check_folder(path: str, folder: Path, how: Loading) -> None:
 
 
 @contextmanager
-def _quiet() -> Generator[None]:
+def quiet() -> Generator[None]:
     """transformers' reports and progress bars stay off: what is wrong is raised here instead."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         yield
@@ -160,12 +162,13 @@ def _explained(path: str, how: Loading) -> Generator[None]:
 
 
 def _tokenizer(path: str, how: Loading) -> Tokenizer:
-    inner: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    # AutoTokenizer overrules a declared generic class for some families (qwen2), and with it how text is split.
+    generic = get_tokenizer_config(path).get("tokenizer_class") in ("TokenizersBackend", "PreTrainedTokenizerFast")
+    door: Any = PreTrainedTokenizerFast if generic else AutoTokenizer
+    inner: Any = door.from_pretrained(path, trust_remote_code=False)
     if how.end_token is not None:
         if how.end_token not in inner.get_vocab():
-            raise PalateError(
-                f"{path}: end_token {how.end_token!r} is not a token of this tokenizer. Name one that is."
-            )
+            raise PalateError(f"{path}: the tokenizer has no token {how.end_token!r}. Set end_token to one it has.")
         inner.eos_token = how.end_token
     return Tokenizer(inner)
 
@@ -230,7 +233,9 @@ def _classifier(path: str, config: Any, how: Loading) -> tuple[PreTrainedModel, 
     head = ScalarHead(score.in_features)
     with torch.no_grad():
         head.last.weight.copy_(score.weight)
-        head.last.bias.copy_(score.bias) if score.bias is not None else head.last.bias.zero_()
+        head.last.bias.zero_()
+        for bias in (p for name, p in score.named_parameters() if name == "bias"):
+            head.last.bias.copy_(bias)
     head.trained = True
     return cast(PreTrainedModel, model.base_model), head
 

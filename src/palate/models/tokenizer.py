@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from jinja2 import TemplateError
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Inner
-from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from palate.records import Message
 from palate.settings import PalateError
@@ -107,7 +108,11 @@ def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
             f"Set it to at least {least}."
         )
     inner = Inner(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    # Qwen2's split, since transformers forces it on that family; special tokens name an unknown that never occurs,
+    # because the same class would otherwise add one.
+    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
+    bytewise = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.pre_tokenizer = pre_tokenizers.Sequence([split, bytewise])
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=size,
@@ -117,4 +122,7 @@ def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
     )
     inner.train_from_iterator(texts, trainer=trainer)
     names = dict(zip(("pad_token", "bos_token", "eos_token"), SPECIAL, strict=True))
-    return Tokenizer(PreTrainedTokenizerFast(tokenizer_object=inner, clean_up_tokenization_spaces=False, **names))
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=inner, clean_up_tokenization_spaces=False, unk_token=SPECIAL[0], **names
+    )
+    return Tokenizer(fast)
