@@ -28,9 +28,7 @@ class Order:
         return self._batches[place]
 
     def _shuffle(self, epoch: int) -> list[list[int]]:
-        order = permutation(len(self.lengths), *self.counter, "order", epoch)[
-            : self.per_epoch * self.batch_size
-        ]
+        order = permutation(len(self.lengths), *self.counter, "order", epoch)[: self.per_epoch * self.batch_size]
         if self.by_length:
             span = self.batch_size * _WINDOW
             windows = [order[i : i + span] for i in range(0, len(order), span)]

@@ -14,16 +14,18 @@ from palate import step
 from palate.algorithms.protocol import Online
 from palate.batches import Experience, Rollouts
 from palate.cast import Layout
-from palate.data.encode import PromptRow
+from palate.data.encode import Encoding, PromptRow
 from palate.data.source import Data
 from palate.engines.engine import Sampling, require_full_support
-from palate.models.make import Make
+from palate.models.load import Loading
 from palate.randomness import key
-from palate.run import Workspace
+from palate.rewards.reward import AnyReward, stages_read
+from palate.rewards.shaping import Shaping
 from palate.settings import Choice
 from palate.stages import _rows, _seats
 from palate.stages._judging import Judging, Truncation
 from palate.stages._order import Order
+from palate.workspace import Workspace
 
 
 class Stage(Choice):
@@ -33,11 +35,11 @@ class Stage(Choice):
     """Training on the policy's own answers."""
     name: str = "rlhf"
     """The stage's name; later stages read its model as `stage:NAME`."""
-    model: str | Make
+    model: str
     """The policy's start and the reference: a folder, a hub id or `stage:NAME`."""
-    reward: SerializeAsAny[Choice]
+    reward: AnyReward
     """What an answer is worth: a mapping with `kind`, or the folder or `stage:NAME` of a reward model."""
-    watch: SerializeAsAny[Choice] | None = None
+    watch: AnyReward | None = None
     """A second reward that is only looked at (a known truth, a better judge); logged as gold/mean."""
     value_model: str | None = None
     """A reward model the value network starts from; none starts it from the policy with a head of zeros."""
@@ -45,11 +47,13 @@ class Stage(Choice):
     """What to answer: a file, folder, hub id or `world:NAME/shape`."""
     algorithm: SerializeAsAny[Choice]
     """What to make of the scored answers: a mapping with `kind` and its settings."""
+    loading: Loading = Loading()
+    """How the models come into memory."""
     layout: Layout = Layout()
     """Which weights the roles share and which train."""
     optimiser: step.Optimiser = step.Optimiser()
     """How weights move."""
-    encoding: _rows.Encoding = _rows.Encoding()
+    encoding: Encoding = Encoding()
     """How prompts become tokens."""
     sampling: Sampling = Sampling()
     """How answers are drawn."""
@@ -61,12 +65,8 @@ class Stage(Choice):
     """Answers of one rollout, between two publications of the policy."""
     microbatch_size: int = Field(16, ge=1)
     """Answers of one forward and backward pass; changes memory, never the result."""
-    missing_eos_penalty: float | None = None
-    """What an answer that did not end by itself gets; none: nothing special."""
-    missing_eos: Literal["replace", "subtract"] = "replace"
-    """The penalty stands instead of the score (as published), or is taken from it (as TRL does)."""
-    score_clip: float | None = Field(None, gt=0)
-    """Scores are cut to ± this before training."""
+    shaping: Shaping = Shaping()
+    """What happens to scores before training: a penalty for answers without an end, clipping."""
     logging_steps: int = Field(1, ge=1)
     """Write metrics every so many rollouts."""
     sample_steps: int = Field(10, ge=1)
@@ -95,9 +95,7 @@ class Stage(Choice):
         algorithm: Online = self.algorithm  # pyright: ignore[reportAssignmentType]
         for parts, what in ((algorithm.minibatches, "minibatches"), (algorithm.group, "answers a prompt")):
             if self.rollout_batch_size % parts:
-                raise ValueError(
-                    f"rollout_batch_size {self.rollout_batch_size} is not divisible by {parts} {what}."
-                )
+                raise ValueError(f"rollout_batch_size {self.rollout_batch_size} is not divisible by {parts} {what}.")
         if self.total_episodes < self.rollout_batch_size:
             raise ValueError(f"total_episodes {self.total_episodes} does not fill one rollout_batch_size.")
         return self
@@ -109,7 +107,9 @@ class Stage(Choice):
 
     def references(self) -> list[str]:
         """Earlier stages this one reads."""
-        return _seats.references(self.model, self.value_model, self.reward, self.watch)
+        rewards = [r for r in (self.reward, self.watch) if r is not None]
+        read = [name for reward in rewards for name in stages_read(reward)]
+        return _seats.references(self.model, self.value_model) + read
 
     def files(self) -> list[str]:
         """Files whose content counts for the cache."""
@@ -119,7 +119,7 @@ class Stage(Choice):
         """Sample, score, learn; save the policy."""
         loop = _Loop(self, here)
         loop.go()
-        _seats.save(here, loop.cast, loop.loaded, "policy", loop.last, self.prompts)
+        _seats.save(here, loop.cast, loop.loaded, "policy", loop.last)
 
 
 class _Loop:
@@ -128,14 +128,15 @@ class _Loop:
     def __init__(self, stage: Stage, here: Workspace) -> None:
         self.stage, self.here = stage, here
         self.algorithm: Online = stage.algorithm  # pyright: ignore[reportAttributeAccessIssue]
-        self.loaded = _seats.open_model(stage.model, here)
-        value = _seats.open_model(stage.value_model, here) if stage.value_model else None
-        self.cast = _seats.online_cast(self.loaded, value, stage.layout, (here.seed, stage.name))
-        self.engine = _seats.engine(self.loaded, self.cast, stage.sampling)
-        self.judging = Judging(stage, here, self.loaded.tokenizer)
-        prompts, _ = _rows.read(stage.prompts, here.seed, "prompts")
+        self.loaded = _seats.open_model(stage.model, here, "policy", stage.loading)
+        value = _seats.open_model(stage.value_model, here, "value", stage.loading) if stage.value_model else None
+        self.cast = _seats.online_cast(self.loaded, value, stage.layout, key(here.seed, stage.name))
+        reward, watch = (_seats.at_hand(asked, here) for asked in (stage.reward, stage.watch))
+        self.judging = Judging(reward or stage.reward, watch, stage.shaping, stage.truncation, self.loaded.tokenizer)
+        records, _ = _rows.read(stage.prompts, here.seed)
         room = self.loaded.trunk.context - stage.sampling.max_new_tokens
-        self.prompts = _rows.encode_prompts(prompts, self.loaded.tokenizer, stage.encoding, room)
+        self.prompts = _rows.prompts(records, self.loaded.tokenizer, stage.encoding, room, here)
+        self.engine = _seats.engine(self.cast, self.loaded.tokenizer, stage.sampling, records)
         self.per_rollout = min(stage.rollout_batch_size // self.algorithm.group, len(self.prompts))
         lengths = [len(p.tokens) for p in self.prompts]
         self.order = Order(lengths, self.per_rollout, False, (here.seed, stage.name))
@@ -175,30 +176,22 @@ class _Loop:
         started = time.perf_counter()
         prompts = [self.prompts[i] for i in self.order.batch(number - 1)]
         rollouts = self._rollouts(prompts, number)
-        scored, heard = self.judging.score(rollouts, self._per_answer(prompts), self.memory)
+        scored, heard = self.judging.score(rollouts, prompts, self.memory)
         with torch.no_grad():
             experience = self.algorithm.prepare(self.cast, scored)
         seen = self._update(experience, number)
         self.memory = dict(experience.memory)
         if number == 1 or number % self.stage.sample_steps == 0 or number == self.stage.iterations:
-            self.here.sample(number, self.judging.table(scored, self._per_answer(prompts)))
+            self.here.sample(number, self.judging.table(scored, prompts))
         seconds = time.perf_counter() - started
         clock = {"step_time": seconds, "tokens_per_second": float(rollouts.action_BT.sum()) / seconds}
         episode = float(number * self.stage.rollout_batch_size)
         return {**experience.metrics, **seen, **heard, **_shape(scored.rollouts), **clock, "episode": episode}
 
-    def _per_answer(self, prompts: Sequence[PromptRow]) -> list[PromptRow]:
-        return [prompt for prompt in prompts for _ in range(self.algorithm.group)]
-
     def _rollouts(self, prompts: Sequence[PromptRow], number: int) -> Rollouts:
         per_prompt = range(self.algorithm.group)
-        keys = [
-            key(self.here.seed, self.stage.name, number, p.key, k, "sample")
-            for p in prompts
-            for k in per_prompt
-        ]
-        answered = self._per_answer(prompts)
-        return self.engine.generate([p.tokens for p in answered], keys, version=number - 1)
+        keys = [key(self.here.seed, self.stage.name, number, p.key, k, "sample") for p in prompts for k in per_prompt]
+        return self.engine.generate([p.tokens for p in prompts], keys, version=number - 1)
 
     def _update(self, experience: Experience, number: int) -> dict[str, float]:
         """All optimiser steps on one rollout; their metrics averaged, and the first one's ratio error."""
@@ -213,9 +206,7 @@ class _Loop:
                 steps += 1
                 for name, value in seen.items():
                     totals[name] = totals.get(name, 0.0) + value
-        return {name: total / steps for name, total in totals.items()} | {
-            "first_minibatch/ratio_error": first
-        }
+        return {name: total / steps for name, total in totals.items()} | {"first_minibatch/ratio_error": first}
 
     def _loss(self, part: Experience) -> Any:
         return self.algorithm.loss(self.cast, part)
@@ -232,6 +223,3 @@ def _shape(rollouts: Rollouts) -> Mapping[str, float]:
         "response/eos_rate": float(rollouts.finished_B.float().mean()),
         "val/num_eos_tokens": float(rollouts.finished_B.sum()),
     }
-
-
-__all__ = ["Scored", "Stage"]

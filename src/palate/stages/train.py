@@ -13,14 +13,16 @@ from palate import step
 from palate.algorithms.protocol import Offline
 from palate.batches import Rows
 from palate.cast import Cast, Layout
+from palate.data.encode import Encoding
 from palate.data.source import Data
-from palate.models.load import Loaded
+from palate.models.load import Loaded, Loading
 from palate.models.make import Make
-from palate.run import Workspace
+from palate.randomness import key
 from palate.settings import Choice, PalateError
 from palate.stages import _rows, _seats
 from palate.stages._normalise import Normalise, normalise
 from palate.stages._order import Order
+from palate.workspace import Workspace
 
 
 class Stage(Choice):
@@ -36,11 +38,13 @@ class Stage(Choice):
     """What to learn from: a file, folder, hub id or `world:NAME/shape`, or a mapping with more settings."""
     algorithm: SerializeAsAny[Choice]
     """What to make of it: a mapping with `kind` and its settings."""
+    loading: Loading = Loading()
+    """How the model comes into memory."""
     layout: Layout = Layout()
     """Which weights train: all of them, or adapters."""
     optimiser: step.Optimiser = step.Optimiser()
     """How weights move."""
-    encoding: _rows.Encoding = _rows.Encoding()
+    encoding: Encoding = Encoding()
     """How records become tokens."""
     num_train_epochs: int = Field(1, ge=1)
     """Passes over the data."""
@@ -82,18 +86,18 @@ class Stage(Choice):
     def run(self, here: Workspace) -> None:
         """Train, measure, save the model."""
         algorithm: Offline = self.algorithm  # pyright: ignore[reportAssignmentType]
-        train, held = _rows.read(self.data, here.seed, algorithm.reads)
-        loaded = _seats.open_model(self.model, here, texts=_rows.texts(train))
-        rows = _rows.encode(train, loaded.tokenizer, self.encoding, loaded.trunk.context)
-        held_rows = _rows.encode(held, loaded.tokenizer, self.encoding, loaded.trunk.context) if held else []
-        cast = _seats.offline_cast(loaded, self.layout, algorithm.trains, (here.seed, self.name))
+        train, held = _rows.read(self.data, here.seed)
+        loaded = _seats.open_model(self.model, here, algorithm.trains[0], self.loading, texts=_rows.texts(train))
+        encoder = (algorithm.reads, loaded.tokenizer, self.encoding, loaded.trunk.context, here)
+        rows, held_rows = _rows.encode(train, *encoder), _rows.encode(held, *encoder)
+        cast = _seats.offline_cast(loaded, self.layout, algorithm.trains[0], key(here.seed, self.name))
         training = _Training(self, algorithm, here, loaded, cast, rows, held_rows)
         if self.normalise is not None and training.done == 0:
             normalise(self.normalise, "before", cast, loaded, train, here)
         training.go()
         if self.normalise is not None:
             normalise(self.normalise, "after", cast, loaded, train, here)
-        _seats.save(here, cast, loaded, algorithm.trains[0], training.last, self.data)
+        _seats.save(here, cast, loaded, algorithm.trains[0], training.last)
 
 
 class _Training:
@@ -117,7 +121,7 @@ class _Training:
                 "Lower batch_size or bring more data."
             )
         self.order = Order(
-            [row.length for row in rows], stage.batch_size, stage.group_by_length, (here.seed, stage.name)
+            [_rows.length(row) for row in rows], stage.batch_size, stage.group_by_length, (here.seed, stage.name)
         )
         self.steps = stage.max_steps or self.order.per_epoch * stage.num_train_epochs
         self.stepper = step.Stepper(cast.parameters(algorithm.trains), stage.optimiser, here.world)
@@ -171,12 +175,10 @@ class _Training:
         return {f"eval/{name}": value for name, value in found.items()}
 
     def _batch(self, rows: Sequence[_rows.Row]) -> Rows:
-        return _rows.collate(rows, self.pad).to(self.cast.device)
+        return _rows.batch(rows, self.pad).to(self.cast.device)
 
     def _save(self, number: int) -> None:
-        tensors: dict[str, Tensor] = {
-            f"model/{k}": v for k, v in self.cast.state(self.algorithm.trains).items()
-        }
+        tensors: dict[str, Tensor] = {f"model/{k}": v for k, v in self.cast.state(self.algorithm.trains).items()}
         tensors |= {f"optimiser/{k}": v for k, v in self.stepper.state().items()}
         self.here.store.save(number, tensors, {"metrics": self.last})
 

@@ -1,0 +1,76 @@
+"""From a stage's data settings to token rows and batches, for each shape of record an algorithm may read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, cast
+
+from palate.batches import Rows
+from palate.data import collate
+from palate.data.encode import (
+    Encoding,
+    PromptRow,
+    RankedRow,
+    TokenRow,
+    encode_demonstrations,
+    encode_prompts,
+    encode_rankings,
+)
+from palate.data.source import Data, load
+from palate.models.tokenizer import Tokenizer
+from palate.records import Record, text_of
+from palate.workspace import Workspace
+
+Row = TokenRow | RankedRow
+
+_ENCODERS: dict[str, Callable[..., Any]] = {"demonstrations": encode_demonstrations, "rankings": encode_rankings}
+
+
+def read(data: Data, seed: int) -> tuple[list[Record], list[Record]]:
+    """The records to train on and the held-out ones (none when nothing is held out)."""
+    return load(data, seed), load(data, seed, "held_out") if data.held_out else []
+
+
+def encode(
+    records: Sequence[Record], reads: str, tokenizer: Tokenizer, encoding: Encoding, context: int, here: Workspace
+) -> list[Row]:
+    """Token rows of records of the shape `reads`; what was left out is said, never silent."""
+    if not records:
+        return []
+    found = _ENCODERS[reads](records, tokenizer, encoding, context)
+    if found.left_out:
+        here.warn(found.summary)
+    return found.rows
+
+
+def prompts(
+    records: Sequence[Record], tokenizer: Tokenizer, encoding: Encoding, room: int, here: Workspace
+) -> list[PromptRow]:
+    """Prompts of at most `room` tokens."""
+    found = encode_prompts(records, tokenizer, encoding, room)
+    if found.left_out:
+        here.warn(found.summary)
+    return found.rows
+
+
+def length(row: Row) -> int:
+    """Tokens of the longest row."""
+    return len(row.tokens) if isinstance(row, TokenRow) else max(len(r.tokens) for r in row.rows)
+
+
+def batch(rows: Sequence[Row], pad: int) -> Rows:
+    """Rows as one batch, padded on the right."""
+    if isinstance(rows[0], TokenRow):
+        return collate.examples(cast(Sequence[TokenRow], rows), pad)
+    return collate.comparisons(cast(Sequence[RankedRow], rows), pad)
+
+
+def texts(records: Iterable[Record]) -> list[str]:
+    """Every text of the records, for training a tokenizer from nothing."""
+    found: list[str] = []
+    for record in records:
+        found.append(text_of(record.prompt))
+        for name in ("completion", "completions"):
+            said = getattr(record, name, ())
+            found += [text_of(said)] if isinstance(said, str) else [text_of(s) for s in cast(Iterable[Any], said)]
+    return [text for text in found if text]

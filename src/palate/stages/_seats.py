@@ -1,0 +1,82 @@
+"""Who speaks in a stage: models opened, roles seated, rewards at hand, the result saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from palate.cast import Cast, Layout
+from palate.data.segments import stop_tokens
+from palate.engines.engine import Sampling
+from palate.engines.local import LocalEngine
+from palate.models import load as loading
+from palate.models.load import Loaded, Loading, Use
+from palate.models.make import Make, make
+from palate.models.save import Card, save
+from palate.models.tokenizer import Tokenizer
+from palate.randomness import key
+from palate.records import Record
+from palate.rewards.reward import Scorer, resolve
+from palate.settings import Choice, PalateError, build
+from palate.workspace import Workspace, named_stages
+
+
+def algorithm(given: Any) -> Any:
+    """The `algorithm` of a stage from its mapping; faults become pydantic's, which know the place."""
+    if not isinstance(given, Mapping):
+        return given
+    try:
+        return build("algorithms", cast(Mapping[str, Any], given))
+    except PalateError as fault:
+        raise ValueError(str(fault).lstrip(": .")) from None
+
+
+def data(given: Any) -> Any:
+    """A path alone is data with everything else left as it is."""
+    return {"path": given} if isinstance(given, str) else given
+
+
+def reward(given: Any) -> Any:
+    """A path alone is the reward model in that folder."""
+    return {"kind": "model", "model": given} if isinstance(given, str) else given
+
+
+def references(*models: Any) -> list[str]:
+    """The earlier stages named among some models."""
+    return named_stages(model for model in models if isinstance(model, str))
+
+
+def files(*models: Any) -> list[str]:
+    """The files of local model folders, whose content counts for the stage cache."""
+    folders = [Path(m).expanduser() for m in models if isinstance(m, str) and not m.startswith("stage:")]
+    return [str(f) for folder in folders if folder.is_dir() for f in sorted(folder.glob("*")) if f.is_file()]
+
+
+def open_model(
+    model: str | Make, here: Workspace, role: str, how: Loading, texts: Iterable[str] = ()
+) -> Loaded:
+    """The model a stage starts from; `role` decides what it must be able to do."""
+    if isinstance(model, Make):
+        return make(model, texts, key(here.seed, "make", here.name))
+    uses: Mapping[str, Use] = {"policy": "policy", "value": "reward", "reward": "trunk"}
+    return loading.load(here.resolve(model), uses[role], how)
+
+
+def at_hand(asked: Scorer | None, here: Workspace) -> Scorer | None:
+    """A reward whose `stage:NAME` models are the folders those stages left."""
+    return None if asked is None else resolve(asked, lambda name: Path(here.resolve(name)))
+
+
+def engine(cast: Cast, tokenizer: Tokenizer, sampling: Sampling, records: Sequence[Record]) -> LocalEngine:
+    """The engine that speaks for the policy; conversations also end at the chat template's end of turn."""
+    if any(not isinstance(r.prompt, str) for r in records) and not sampling.fixed_length:
+        ends = tuple(i for i in stop_tokens(tokenizer) if i != tokenizer.eos)
+        sampling = sampling.model_copy(update={"stop_token_ids": (*sampling.stop_token_ids, *ends)})
+    seat = cast.roles["policy"]
+    return LocalEngine(seat.trunk, tokenizer, sampling, adapter=seat.adapter)
+
+
+def engine_for(speaker: Loaded, sampling: Sampling) -> LocalEngine:
+    """An engine for a model by itself, outside any cast."""
+    return LocalEngine(speaker.trunk, speaker.tokenizer, sampling)
