@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from palate import randomness
 from palate.data.encode import Encoding, encode_prompts
@@ -41,7 +41,7 @@ class Trained:
         self.folder = folder
         self.run = run
         self.metrics = JsonLines(Path(folder).parent / "metrics.jsonl").read() if run else []
-        self._sampling = sampling or Sampling()
+        self._sampling = sampling or parse(Sampling, {})
 
     def generate(self, prompts: str | Sequence[Any], seed: int = 1, greedy: bool = False, **sampling: Any) -> list[str]:
         """One answer per prompt, as text. A prompt is a string or a list of `{role, content}` messages.
@@ -152,7 +152,7 @@ def _file(rows: Rows, path: Path) -> Any:
     if isinstance(rows, str | Path):
         return str(rows)
     if isinstance(rows, Mapping):
-        return dict(cast(Mapping[str, Any], rows))
+        return dict(rows)
     lines = [json.dumps(_row(row), ensure_ascii=False) + "\n" for row in rows]
     if not lines:
         raise PalateError(f"{path.stem}: the list is empty. Give at least one row.")

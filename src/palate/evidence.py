@@ -5,6 +5,7 @@ code.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any, cast
 
 from palate.records import fingerprint
 
-_CALLABLE = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
+_CALLABLE = re.compile(r"([A-Za-z_][\w.]*|.+\.py):([A-Za-z_][\w.]*)")
 _NOT_CODE = ("stage", "world")
 
 
@@ -39,12 +40,17 @@ class Evidence:
 
 
 def gather(
-    settings: Mapping[str, Any], seed: int, references: Sequence[str], hashes: Mapping[str, str], files: Iterable[str]
+    settings: Mapping[str, Any],
+    seed: int,
+    references: Sequence[str],
+    hashes: Mapping[str, str],
+    files: Iterable[str],
+    given: Mapping[str, str],
 ) -> Evidence:
-    """The evidence of one stage. `hashes` are those of the stages before it; `files` its data files or
-    folders.
+    """The evidence of one stage. `hashes` are those of the stages before it; `files` its data files or folders.
 
-    The user's own code is found by the values written `module:name`; modules that these import do not count.
+    The user's own code is found by the values written `module:name` or `file.py:name`; functions given as objects
+    come as `given` (see `functions`). What that code imports does not count.
     """
     return Evidence(
         {
@@ -52,9 +58,30 @@ def gather(
             "seed": seed,
             "stages": {name: hashes[name] for name in references},
             "files": {name: digest(Path(name).expanduser()) for name in files},
-            "code": {value: digest(path) for value, path in _code(settings)},
+            "code": {value: digest(path) for value, path in _code(settings)} | dict(given),
         }
     )
+
+
+def functions(value: Any, place: str = "") -> dict[str, str]:
+    """Place and digest of every function that was given as an object inside nested settings."""
+    if isinstance(value, Mapping):
+        found = [(str(k), v) for k, v in cast(Mapping[Any, Any], value).items()]
+    elif isinstance(value, list | tuple):
+        found = [(str(i), v) for i, v in enumerate(cast(Sequence[Any], value))]
+    else:
+        return {place: fingerprint(_text_of(value))} if callable(value) else {}
+    return {k: v for name, below in found for k, v in functions(below, f"{place}.{name}".strip(".")).items()}
+
+
+def _text_of(function: Any) -> list[str]:
+    """The source of a function, or its bytecode where there is no source, and the values it closes over."""
+    try:
+        text = inspect.getsource(function)
+    except (OSError, TypeError):
+        code = getattr(function, "__code__", None)
+        text = repr((code.co_code, code.co_consts, code.co_names)) if code else repr(type(function))
+    return [text, *(repr(cell.cell_contents) for cell in getattr(function, "__closure__", None) or ())]
 
 
 def digest(path: Path) -> str:
@@ -88,6 +115,8 @@ def _code(value: Any) -> Iterator[tuple[str, Path]]:
 
 def _source(module: str) -> Path | None:
     """The file of a module, found without importing it or its packages."""
+    if module.endswith(".py"):
+        return Path(module)
     places: list[str] | None = None
     origin: str | None = None
     for part in module.split("."):

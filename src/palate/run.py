@@ -13,6 +13,7 @@ it.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -27,7 +28,7 @@ import yaml
 from pydantic import Field, field_validator
 
 from palate import parallel, settings, tracking
-from palate.evidence import Evidence, gather
+from palate.evidence import Evidence, functions, gather
 from palate.live import Display, duration
 from palate.provenance import Origins, annotated, now, provenance, read_json, write_json
 from palate.settings import PalateError, Settings, nearest
@@ -92,6 +93,8 @@ class Plan:
     given: Mapping[str, Any]
     resolved: Mapping[str, Any]
     origins: Origins
+    functions: Mapping[str, str]
+    """A digest of every function that was given as an object, by its place in the settings."""
 
     @property
     def folder(self) -> Path:
@@ -111,14 +114,15 @@ def plan_file(path: Path, assignments: Sequence[str] = ()) -> Plan:
 
 def plan(given: Mapping[str, Any], assignments: Sequence[str] = (), source: str = "file") -> Plan:
     """The plan of a mapping of settings. Raises PalateError for the first fault."""
-    asked = settings.override(dict(given), assignments)
+    asked = settings.override(dict(given), assignments) if assignments else dict(given)
     experiment = settings.parse(Experiment, asked)
     tracking.require_known(experiment.report_to)
     stages = tuple(_stage(s, f"stages.{i}") for i, s in enumerate(experiment.stages))
     _require_order(stages)
     dumped = [_dump(stage) for stage in stages]
     resolved = {**experiment.model_dump(mode="json", exclude={"stages"}), "stages": dumped}
-    return Plan(experiment, stages, given, resolved, Origins(asked, assignments, source))
+    origins = Origins(asked, assignments, source)
+    return Plan(experiment, stages, given, resolved, origins, functions(given))
 
 
 def _stage(given: Mapping[str, Any], where: str) -> Stage:
@@ -191,7 +195,8 @@ def execute(plan: Plan, display: Display, command: Sequence[str] = ()) -> Outcom
         outcomes: list[StageOutcome] = []
         hashes: dict[str, str] = {}
         for index, stage in enumerate(plan.stages):
-            evidence = gather(_dump(stage), plan.experiment.seed, stage.references(), hashes, stage.files())
+            asked, seed = _dump(stage), plan.experiment.seed
+            evidence = gather(asked, seed, stage.references(), hashes, stage.files(), plan.functions)
             outcomes.append(_run_stage(plan, index, evidence, world, display))
             hashes[stage.name] = evidence.hash
     return Outcome(plan.folder, tuple(outcomes), time.monotonic() - began)
@@ -218,7 +223,8 @@ def _alone(folder: Path) -> Generator[None]:
 
 def _describe(plan: Plan, command: Sequence[str]) -> None:
     folder = plan.folder
-    given = yaml.safe_dump(dict(plan.given), sort_keys=False, allow_unicode=True)
+    plain = json.loads(json.dumps(dict(plan.given), default=str))  # functions have no YAML
+    given = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     (folder / "run.yaml").write_text(given, encoding="utf-8")
     (folder / "resolved.yaml").write_text(annotated(plan.resolved, plan.origins), encoding="utf-8")
     path = folder / "provenance.json"

@@ -12,6 +12,7 @@ from typing import Any, Protocol, cast
 from palate.settings import PalateError, nearest
 
 Warn = Callable[[str], None]
+_TEXT: Any = {"encoding": "utf-8", "errors": "replace"}  # byte-level models can say half a character
 
 
 class JsonLines:
@@ -32,7 +33,7 @@ class JsonLines:
         if not self._opened:
             self.cut(step - 1)
         lines = [json.dumps({"step": step, **_finite(dict(row))}, ensure_ascii=False) + "\n" for row in rows]
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.path.open("a", **_TEXT) as file:
             file.write("".join(lines))
 
     def cut(self, step: int) -> None:
@@ -42,7 +43,7 @@ class JsonLines:
             return
         kept = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.read() if row["step"] <= step]
         shorter = self.path.with_name(f".{self.path.name}.shorter")
-        shorter.write_text("".join(kept), encoding="utf-8")
+        shorter.write_text("".join(kept), **_TEXT)
         os.replace(shorter, self.path)
 
     def read(self) -> list[dict[str, Any]]:
