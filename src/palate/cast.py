@@ -1,0 +1,175 @@
+"""The cast: who speaks. Roles on trunks give token log-probabilities, values and scores.
+
+Index t of every `_BT` tensor speaks about token t. The state before token t is the hidden state of the token before
+it; the one shift of the code base is `_before`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from palate.batches import Tokens
+from palate.models.heads import ScalarHead
+from palate.models.load import Loaded
+from palate.models.lora import bare_state, wear
+from palate.models.seats import Layout, Seat, take_seats, trained_parameters
+from palate.models.trunk import Trunk, position_ids
+from palate.settings import PalateError, nearest
+
+__all__ = ["Cast", "Layout", "Seat", "assemble"]
+
+
+def assemble(layout: Layout, start: Loaded, roles: Sequence[str], key: int, value_start: Loaded | None = None) -> Cast:
+    """The cast of a run from one loaded model: see `palate.models.seats.take_seats`."""
+    return Cast(take_seats(layout, start, roles, key, value_start))
+
+
+class Cast:
+    """Maps each role to its seat and lets it speak. Callers say who, never which module, wrapper or adapter."""
+
+    def __init__(self, roles: Mapping[str, Seat]) -> None:
+        self.roles = dict(roles)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first role's weights are; batches go there."""
+        return next(iter(self.roles.values())).trunk.device
+
+    def seat(self, role: str) -> Seat:
+        """The seat of a role. Raises PalateError when nobody plays it."""
+        if role not in self.roles:
+            raise PalateError(f"nobody plays {role!r}.{nearest(role, self.roles)} Cast: {', '.join(self.roles)}.")
+        return self.roles[role]
+
+    @overload
+    def logp(self, role: str, batch: Tokens, temperature: float = 1.0, entropy: Literal[False] = False) -> Tensor: ...
+
+    @overload
+    def logp(
+        self, role: str, batch: Tokens, temperature: float = 1.0, *, entropy: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
+
+    def logp(
+        self, role: str, batch: Tokens, temperature: float = 1.0, entropy: bool = False
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """log π(token t | before) B×T in float32, 0 off the action mask; with `entropy` also that distribution's.
+
+        Logits are divided by `temperature` before the log-softmax (detail 9), and are computed for the rows whose
+        next token is an action and for no others. A token with nothing before it has no log-probability and gets 0.
+        """
+        seat = self.seat(role)
+        logp_BT, entropy_BT = _speech(seat.trunk, _hidden(seat, batch), batch, temperature, entropy)
+        return (logp_BT, entropy_BT) if entropy else logp_BT
+
+    def values(self, role: str, batch: Tokens) -> Tensor:
+        """Value B×T of the state before each token: the head's output on the token before, 0 where there is none.
+
+        Defined for every t, also on padding after the answer: there it is the value of the final state.
+        """
+        seat = self.seat(role)
+        return _values(self._head(role), _hidden(seat, batch), batch)
+
+    def logp_and_values(
+        self, policy: str, value: str, batch: Tokens, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(logp_BT, entropy_BT, value_BT), by one forward pass when both roles share trunk and adapter."""
+        speaker, judge = self.seat(policy), self.seat(value)
+        hidden_BTD = _hidden(speaker, batch)
+        logp_BT, entropy_BT = _speech(speaker.trunk, hidden_BTD, batch, temperature, True)
+        if (speaker.trunk, speaker.adapter) != (judge.trunk, judge.adapter):
+            hidden_BTD = _hidden(judge, batch)
+        return logp_BT, entropy_BT, _values(self._head(value), hidden_BTD, batch)
+
+    def scores(self, role: str, batch: Tokens) -> Tensor:
+        """The head's output B at the last real token of each row (detail 18), gain and bias applied."""
+        # The last column is the last real token's state: Trunk.hidden repeats it over the padding.
+        return self._head(role)(_hidden(self.seat(role), batch)[:, -1])
+
+    def _head(self, role: str) -> ScalarHead:
+        head = self.seat(role).head
+        if head is None:
+            raise PalateError(f"role {role!r} has no scalar head, so it gives neither values nor scores.")
+        return head
+
+    def parameters(self, roles: Sequence[str]) -> dict[str, nn.Parameter]:
+        """What trains when these roles do, each parameter once, by a name that is the same in every run."""
+        found: dict[int, tuple[str, nn.Parameter]] = {}
+        for role in roles:
+            seat = self.seat(role)
+            own = {f"{self._owner(seat.trunk)}.{path}": p for path, p in trained_parameters(seat).items()}
+            own |= {f"{role}.head.{n}": p for n, p in _head_parameters(seat).items() if p.requires_grad}
+            for name, parameter in own.items():
+                found.setdefault(id(parameter), (name, parameter))
+        return dict(found.values())
+
+    def _owner(self, trunk: Trunk) -> str:
+        """The first role that sits on the trunk gives it its name."""
+        return next(role for role, seat in self.roles.items() if seat.trunk is trunk)
+
+    def state(self, roles: Sequence[str]) -> dict[str, Tensor]:
+        """What a checkpoint keeps of these roles: everything that trains, and their heads with gain and bias.
+
+        Frozen weights are not in it: they come from where the model was loaded.
+        """
+        kept: dict[str, Tensor] = {name: p.detach() for name, p in self.parameters(roles).items()}
+        for role in roles:
+            kept |= {f"{role}.head.{n}": p.detach() for n, p in _head_parameters(self.seat(role)).items()}
+        return kept
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `state` gave. Raises PalateError when it is of another model or layout."""
+        known: dict[str, Tensor] = {}
+        for role, seat in self.roles.items():
+            if self._owner(seat.trunk) == role:
+                known |= {f"{role}.{path}": p for path, p in seat.trunk.model.named_parameters()}
+            known |= {f"{role}.head.{name}": p for name, p in _head_parameters(seat).items()}
+        for name, tensor in tensors.items():
+            if name not in known or known[name].shape != tensor.shape:
+                raise PalateError(f"checkpoint: {name} does not fit this model and layout. Start the stage afresh.")
+            known[name].copy_(tensor)
+
+    def weights(self, role: str) -> dict[str, Tensor]:
+        """The role's model under transformers' own names, its adapter merged: what an engine publishes."""
+        seat = self.seat(role)
+        return bare_state(seat.trunk.model, seat.adapter)
+
+
+def _head_parameters(seat: Seat) -> dict[str, nn.Parameter]:
+    return dict(seat.head.named_parameters()) if seat.head is not None else {}
+
+
+def _hidden(seat: Seat, batch: Tokens) -> Tensor:
+    with wear(seat.adapter):
+        return seat.trunk.hidden(batch.tokens_BT, batch.real_BT)
+
+
+def _before(state_BT: Tensor) -> Tensor:
+    """The entry of the place before, along T; column 0 falls away. The one shift: place t−1 speaks of token t."""
+    return state_BT[:, :-1]
+
+
+def _speech(
+    trunk: Trunk, hidden_BTD: Tensor, batch: Tokens, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities B×T of the action tokens and, if asked, entropies B×T; zeros elsewhere."""
+    asked_BT = batch.action_BT & (position_ids(batch.real_BT) > 0)
+    speaking_BS = asked_BT[:, 1:]
+    logits_NV = trunk.logits(_before(hidden_BTD)[speaking_BS])[:, : trunk.vocabulary] / temperature
+    every_NV = logits_NV.log_softmax(-1)
+    logp_N = every_NV.gather(-1, batch.tokens_BT[:, 1:][speaking_BS][:, None])[:, 0]
+    nothing_BT = logp_N.new_zeros(asked_BT.shape)
+    logp_BT = nothing_BT.masked_scatter(asked_BT, logp_N)
+    if not entropy:
+        return logp_BT, nothing_BT
+    return logp_BT, nothing_BT.masked_scatter(asked_BT, -(every_NV.exp() * every_NV).sum(-1))
+
+
+def _values(head: ScalarHead, hidden_BTD: Tensor, batch: Tokens) -> Tensor:
+    value_BT = functional.pad(head(_before(hidden_BTD)), (1, 0))
+    return value_BT.masked_fill(position_ids(batch.real_BT) == 0, 0.0)

@@ -1,0 +1,69 @@
+"""Hydra: only the top blocks train, and the reference shares everything below them (trlX).
+
+The reference is a second trunk whose frozen parameters are the very tensors of the first, so that its price is the
+top blocks alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from palate.models.trunk import Trunk
+from palate.settings import PalateError
+
+
+def freeze_below(trunk: Trunk, unfrozen: int) -> None:
+    """Let the top `unfrozen` blocks and what runs after them train, and freeze the rest.
+
+    0 freezes everything, −1 nothing. A head tied to the embeddings is below: it stays frozen. Raises PalateError
+    when the model has fewer blocks.
+    """
+    blocks = _blocks(trunk)
+    if unfrozen > len(blocks):
+        raise PalateError(
+            f"layout.unfrozen_blocks: {unfrozen} of {len(blocks)} blocks. Use at most {len(blocks)}, or -1 for all."
+        )
+    trunk.requires_grad_(unfrozen != 0)
+    if unfrozen > 0:
+        for parameter in _run_before(trunk, blocks[len(blocks) - unfrozen]):
+            parameter.requires_grad_(False)
+
+
+def frozen_copy(trunk: Trunk) -> Trunk:
+    """The trunk as it is now, for good. Parameters that do not train are shared, the others copied."""
+    shared: dict[int, Any] = {id(p): p for p in trunk.parameters() if not p.requires_grad}
+    twin = copy.deepcopy(trunk, shared)
+    return twin.requires_grad_(False)
+
+
+def _blocks(trunk: Trunk) -> nn.ModuleList:
+    """The model's stack of blocks: the module list as long as its configuration says."""
+    depth = trunk.model.config.get_text_config().num_hidden_layers
+    for module in trunk.base.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise PalateError(f"{trunk.family}: palate cannot find its {depth} blocks. Use another layout than hydra.")
+
+
+@torch.no_grad()
+def _run_before(trunk: Trunk, block: nn.Module) -> list[nn.Parameter]:
+    """Parameters of the modules that begin to run before `block` does, found by watching one short pass."""
+    below: list[nn.Parameter] = []
+    reached: list[nn.Module] = []
+
+    def watch(module: nn.Module, _: object) -> None:
+        if module is block:
+            reached.append(module)
+        elif not reached:
+            below.extend(module.parameters(recurse=False))
+
+    hooks = [module.register_forward_pre_hook(watch) for module in trunk.base.modules()]
+    one = torch.zeros(1, 1, dtype=torch.long, device=trunk.device)
+    trunk.hidden(one, torch.ones_like(one, dtype=torch.bool))
+    for hook in hooks:
+        hook.remove()
+    return below
