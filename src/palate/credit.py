@@ -1,9 +1,8 @@
-"""Credit: which token earned what. Advantages, baselines, whitening, KL estimators and controllers; pure
-functions.
+"""Credit: which token earned what. Advantages, baselines, whitening, KL estimators and controllers; pure functions.
 
-Index t of every `_BT` tensor speaks about token t; `value_BT[t]` is the value of the state before token t.
-Masks are boolean (or 0/1). Cells off a mask may hold anything, nan and infinity included: they reach no value
-and no gradient. Half-precision inputs are computed and returned in float32, float64 stays float64.
+Index t of every `_BT` tensor speaks about token t; `value_BT[t]` is the value of the state before token t. Masks are
+boolean (or 0/1). Cells off a mask may hold anything, nan and infinity included: they reach no value and no gradient.
+Half-precision inputs are computed and returned in float32, float64 stays float64.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from palate.settings import PalateError
 
 
 def gae(reward_BT: Tensor, value_BT: Tensor, mask_BT: Tensor | None, gamma: float, lam: float) -> Tensor:
-    """Generalised advantage estimates Â_t = Σ_k (γλ)^k δ_{t+k}, δ_t = r_t + γV_{t+1} − V_t. Schulman et al.
-    2016, eq. 16.
+    """Generalised advantage estimates Â_t = Σ_k (γλ)^k δ_{t+k}, δ_t = r_t + γV_{t+1} − V_t. Schulman et al. 2016, eq.
+    16.
 
-    Time is counted in the cells of the mask: the successor of a cell is the next one inside, wherever the
-    mask starts and whatever gaps it has; after the last one the value is 0 (the answer is over). Cells
-    outside get 0. Returns are `advantage + value`. A mask of None means every cell.
+    Time is counted in the cells of the mask: the successor of a cell is the next one inside, wherever the mask starts
+    and whatever gaps it has; after the last one the value is 0 (the answer is over). Cells outside get 0. Returns are
+    `advantage + value`. A mask of None means every cell.
     """
     mask_BT = torch.ones_like(reward_BT, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
     reward_BT, value_BT = keep(reward_BT, mask_BT), keep(value_BT, mask_BT)
@@ -40,12 +39,11 @@ def gae(reward_BT: Tensor, value_BT: Tensor, mask_BT: Tensor | None, gamma: floa
 
 
 def whiten(x: Tensor, mask: Tensor | None = None, shift_mean: bool = True) -> Tensor:
-    """(x − mean) / √(var + 1e-8) over the cells of the mask, 0 outside; the mean is added back unless
-    `shift_mean`.
+    """(x − mean) / √(var + 1e-8) over the cells of the mask, 0 outside; the mean is added back unless `shift_mean`.
 
-    The variance is the population's (divided by N, as TensorFlow's moments), and the mean that is added back
-    is not scaled (lm-human-preferences, core.py). Equal numbers give 0: the mean is corrected once, so that
-    its rounding error is not blown up by 1/√1e-8.
+    The variance is the population's (divided by N, as TensorFlow's moments), and the mean that is added back is not
+    scaled (lm-human-preferences, core.py). Equal numbers give 0: the mean is corrected once, so that its rounding error
+    is not blown up by 1/√1e-8.
     """
     x = keep(x, mask)
     inside = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.bool()
@@ -58,8 +56,7 @@ def whiten(x: Tensor, mask: Tensor | None = None, shift_mean: bool = True) -> Te
 
 
 def kl_k1(logp: Tensor, ref: Tensor) -> Tensor:
-    """log p − log p_ref of a sampled token, per element: unbiased for KL(p‖p_ref), can be negative. Schulman
-    2020.
+    """log p − log p_ref of a sampled token, per element: unbiased for KL(p‖p_ref), can be negative. Schulman 2020.
 
     Belongs into the reward; as a loss with the samples held fixed its gradient is 0 on average.
     """
@@ -67,29 +64,25 @@ def kl_k1(logp: Tensor, ref: Tensor) -> Tensor:
 
 
 def kl_k2(logp: Tensor, ref: Tensor) -> Tensor:
-    """½(log p − log p_ref)², per element: biased, never negative; as a loss its gradient is that of
-    KL(p‖p_ref).
-    """
+    """½(log p − log p_ref)², per element: biased, never negative; as a loss its gradient is that of KL(p‖p_ref)."""
     return 0.5 * kl_k1(logp, ref).square()
 
 
 def kl_k3(logp: Tensor, ref: Tensor) -> Tensor:
-    """e^u − 1 − u with u = log p_ref − log p, per element: unbiased for KL(p‖p_ref), never negative. Schulman
-    2020.
+    """e^u − 1 − u with u = log p_ref − log p, per element: unbiased for KL(p‖p_ref), never negative. Schulman 2020.
 
-    Good to watch; as a loss its gradient is that of KL(p_ref‖p). u is bounded from above as in `bounded`:
-    where p ≪ p_ref its exponential would leave the number range and turn a run into nan.
+    Good to watch; as a loss its gradient is that of KL(p_ref‖p). u is bounded from above as in `bounded`: where p ≪
+    p_ref its exponential would leave the number range and turn a run into nan.
     """
     u = bounded(-kl_k1(logp, ref), logp, ref)
     return torch.expm1(u) - u
 
 
 def within_group(reward_B: Tensor, group: int | Tensor, scale: bool = True) -> Tensor:
-    """(r − mean) / √(var + 1e-8) among the answers to one prompt (Shao et al. 2024, GRPO, sec. 4.1.2), per
-    row.
+    """(r − mean) / √(var + 1e-8) among the answers to one prompt (Shao et al. 2024, GRPO, sec. 4.1.2), per row.
 
-    `group` is the number of adjacent answers per prompt, or one prompt index per row. The variance is the
-    population's; `scale=False` leaves r − mean (Liu et al. 2025, Dr. GRPO). A group without spread gives 0.
+    `group` is the number of adjacent answers per prompt, or one prompt index per row. The variance is the population's;
+    `scale=False` leaves r − mean (Liu et al. 2025, Dr. GRPO). A group without spread gives 0.
     """
     index_B, size_B = _groups(reward_B, group)
     centred_B = widen(reward_B) - _group_sum(widen(reward_B), index_B) / size_B
@@ -100,8 +93,7 @@ def within_group(reward_B: Tensor, group: int | Tensor, scale: bool = True) -> T
 
 
 def leave_one_out(reward_B: Tensor, group: int | Tensor) -> Tensor:
-    """r minus the mean reward of the *other* answers to the same prompt, per row (Ahmadian et al. 2024, RLOO,
-    eq. 8).
+    """r minus the mean reward of the *other* answers to the same prompt, per row (Ahmadian et al. 2024, RLOO, eq. 8).
 
     `group` as in `within_group`. An answer without siblings has nothing to be measured against and gets 0.
     """
@@ -143,10 +135,9 @@ def shape_reward(
 ) -> Tensor:
     """−β(log p − log p_ref) on every token of the mask, plus the score once (Ziegler et al. 2019, eq. 2).
 
-    `position="last"` puts the score on the row's last token of the mask. `"after"` puts it one place later,
-    on the state after the last token, where a value model made from the reward model reads the score itself
-    (TL;DR reproduction, detail 51); a row that fills the last column keeps it there. A row without a token
-    gets 0 throughout.
+    `position="last"` puts the score on the row's last token of the mask. `"after"` puts it one place later, on the
+    state after the last token, where a value model made from the reward model reads the score itself (TL;DR
+    reproduction, detail 51); a row that fills the last column keeps it there. A row without a token gets 0 throughout.
     """
     if position not in ("last", "after"):
         raise ValueError(f"position is 'last' or 'after', not {position!r}")
@@ -159,12 +150,10 @@ def shape_reward(
 
 
 def truncate_after(tokens_BT: Tensor, stop_token: int, after: int, pad_token: int) -> tuple[Tensor, Tensor]:
-    """Answers cut behind their first `stop_token` at index `after` or later, and whether there was one, per
-    row.
+    """Answers cut behind their first `stop_token` at index `after` or later, and whether there was one, per row.
 
-    The stop token stays, what follows becomes `pad_token`; earlier stop tokens do not count
-    (lm-human-preferences, lm_tasks.py). `tokens_BT` holds answers alone. `after=0` with EOS is the TL;DR
-    truncation.
+    The stop token stays, what follows becomes `pad_token`; earlier stop tokens do not count (lm-human-preferences,
+    lm_tasks.py). `tokens_BT` holds answers alone. `after=0` with EOS is the TL;DR truncation.
     """
     place_T = torch.arange(tokens_BT.shape[-1], device=tokens_BT.device)
     stop_BT = (tokens_BT == stop_token) & (place_T >= after)
@@ -177,8 +166,8 @@ def missing_eos_penalty(
 ) -> Tensor:
     """Scores with the penalty for answers that did not end by themselves, per row.
 
-    `replace`: the penalty *is* the score, −1 as published (Ziegler et al. 2019; TL;DR reproduction, detail
-    50). `subtract`: its size is taken off the score, as TRL does; 1 and −1 mean the same there.
+    `replace`: the penalty *is* the score, −1 as published (Ziegler et al. 2019; TL;DR reproduction, detail 50).
+    `subtract`: its size is taken off the score, as TRL does; 1 and −1 mean the same there.
     """
     if how not in ("replace", "subtract"):
         raise ValueError(f"how is 'replace' or 'subtract', not {how!r}")
@@ -190,12 +179,11 @@ def missing_eos_penalty(
 def gain_and_bias(
     reward_N: Tensor, mean: float = 0.0, std: float | None = 1.0, sample: bool = False
 ) -> tuple[float, float]:
-    """The gain and bias with which `gain * r + bias` has the asked mean and standard deviation over
-    `reward_N`.
+    """The gain and bias with which `gain * r + bias` has the asked mean and standard deviation over `reward_N`.
 
-    The deviation of `reward_N` is the population's (OpenAI 2019), or the sample's, N−1 (its PyTorch
-    reproduction). `std=None` keeps the scale: gain 1, bias only (TL;DR reproduction, detail 22). PalateError
-    when the rewards do not vary, because no gain can give them a deviation.
+    The deviation of `reward_N` is the population's (OpenAI 2019), or the sample's, N−1 (its PyTorch reproduction).
+    `std=None` keeps the scale: gain 1, bias only (TL;DR reproduction, detail 22). PalateError when the rewards do not
+    vary, because no gain can give them a deviation.
     """
     reward_N = reward_N.detach().double()
     if std is None:
@@ -224,8 +212,7 @@ class AdaptiveKL:
     def update(self, kl: float | Tensor, n_steps: int) -> float:
         """The coefficient for the next rollout, from the mean over *all* answers of their summed KL, in nats.
 
-        `n_steps` is how many answers that were. A negative KL estimate lowers the coefficient. ValueError on
-        nan.
+        `n_steps` is how many answers that were. A negative KL estimate lowers the coefficient. ValueError on nan.
         """
         found = float(kl)
         if math.isnan(found):

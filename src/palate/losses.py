@@ -1,12 +1,11 @@
 """Objectives: per token, per row or per pair; pure functions of tensors, nothing is averaged unless said.
 
-Shapes: B rows, T tokens, K answers of one prompt, V vocabulary. Every function computes in float32 at least:
-float16 and bfloat16 inputs are widened first, float64 stays float64. What a mask leaves out may hold
-anything, nan and infinity included: it is replaced *before* any arithmetic, so neither a value nor a gradient
-can see it. Formulas without a mask of their own (`clipped_surrogate`, `bradley_terry`, …) speak of each
-element alone; their callers blank the inputs with `keep` and add up the result. −log σ is `-logsigmoid`,
-exact to the last bit in both tails, which `softplus` is not: beyond its threshold of 20 it drops a term
-of 2e-9.
+Shapes: B rows, T tokens, K answers of one prompt, V vocabulary. Every function computes in float32 at least: float16
+and bfloat16 inputs are widened first, float64 stays float64. What a mask leaves out may hold anything, nan and infinity
+included: it is replaced *before* any arithmetic, so neither a value nor a gradient can see it. Formulas without a mask
+of their own (`clipped_surrogate`, `bradley_terry`, …) speak of each element alone; their callers blank the inputs with
+`keep` and add up the result. −log σ is `-logsigmoid`, exact to the last bit in both tails, which `softplus` is not:
+beyond its threshold of 20 it drops a term of 2e-9.
 """
 
 from __future__ import annotations
@@ -33,10 +32,9 @@ def keep(x: Tensor, mask: Tensor | None) -> Tensor:
 def bounded(exponent: Tensor, *sources: Tensor) -> Tensor:
     """`exponent`, but no more than e to it may become without leaving the number type of `sources`.
 
-    The bound is half of the logarithm of the type's largest number: 44 for float32 and bfloat16, 354 for
-    float64, 5.5 for float16. Half, because gradient norms and Adam square a ratio and an advantage multiplies
-    it: those stay finite too. Past the bound the gradient is the one at the bound, not 0, so a ratio that ran
-    away is still pulled back.
+    The bound is half of the logarithm of the type's largest number: 44 for float32 and bfloat16, 354 for float64, 5.5
+    for float16. Half, because gradient norms and Adam square a ratio and an advantage multiplies it: those stay finite
+    too. Past the bound the gradient is the one at the bound, not 0, so a ratio that ran away is still pulled back.
     """
     bound = min(math.log(torch.finfo(x.dtype).max) for x in sources) / 2
     return exponent - (exponent - bound).clamp(min=0.0).detach()
@@ -45,8 +43,8 @@ def bounded(exponent: Tensor, *sources: Tensor) -> Tensor:
 def row_logp(logits_NV: Tensor, tokens_N: Tensor, temperature: float = 1.0) -> Tensor:
     """log p of each row's own token under softmax(logits / temperature); any leading shape.
 
-    A token outside the vocabulary can never be drawn: it gets −∞, and no gradient. ValueError when the
-    temperature is not positive.
+    A token outside the vocabulary can never be drawn: it gets −∞, and no gradient. ValueError when the temperature is
+    not positive.
     """
     inside_N = (tokens_N >= 0) & (tokens_N < logits_NV.shape[-1])
     safe_N = tokens_N.masked_fill(~inside_N, 0).long()
@@ -57,9 +55,8 @@ def row_logp(logits_NV: Tensor, tokens_N: Tensor, temperature: float = 1.0) -> T
 def token_logp(logits_BTV: Tensor, tokens_BT: Tensor, temperature: float = 1.0) -> Tensor:
     """log p(token t | tokens before t) as B×T. The first token has no past and gets 0.
 
-    `logits_BTV[:, t]` is what the model says after token t. Logits are divided by the sampling temperature
-    before the log-softmax, so that the numbers speak of the distribution that was sampled (Ziegler et al.
-    2019).
+    `logits_BTV[:, t]` is what the model says after token t. Logits are divided by the sampling temperature before the
+    log-softmax, so that the numbers speak of the distribution that was sampled (Ziegler et al. 2019).
     """
     return F.pad(row_logp(logits_BTV[:, :-1], tokens_BT[:, 1:], temperature), (1, 0))
 
@@ -72,9 +69,7 @@ def row_entropy(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
 
 def _log_softmax(logits_NV: Tensor, temperature: float) -> Tensor:
     if not temperature > 0:
-        raise ValueError(
-            f"temperature must be positive, not {temperature}; greedy decoding has no log-probability"
-        )
+        raise ValueError(f"temperature must be positive, not {temperature}; greedy decoding has no log-probability")
     return (widen(logits_NV) / temperature).log_softmax(-1)
 
 
@@ -86,11 +81,10 @@ def cross_entropy(logp: Tensor, mask: Tensor) -> Tensor:
 def clipped_surrogate(
     logp: Tensor, old_logp: Tensor, advantage: Tensor, clip: float, clip_high: float | None = None
 ) -> Tensor:
-    """PPO's pessimistic surrogate −min(ρA, clip(ρ, 1−ε, 1+ε')A) with ρ = p/p_old, per element, to be
-    minimised.
+    """PPO's pessimistic surrogate −min(ρA, clip(ρ, 1−ε, 1+ε')A) with ρ = p/p_old, per element, to be minimised.
 
-    Schulman et al. 2017, eq. 7; `clip_high` is ε' where it differs from ε (Yu et al. 2025, eq. 10). An
-    infinite `clip` switches clipping off. ρ is bounded as in `bounded`.
+    Schulman et al. 2017, eq. 7; `clip_high` is ε' where it differs from ε (Yu et al. 2025, eq. 10). An infinite `clip`
+    switches clipping off. ρ is bounded as in `bounded`.
     """
     above = clip if clip_high is None else clip_high
     ratio = bounded(widen(logp) - widen(old_logp), logp, old_logp).exp()
@@ -99,11 +93,10 @@ def clipped_surrogate(
 
 
 def clipped_value_error(value: Tensor, old_value: Tensor, returns: Tensor, clip: float) -> Tensor:
-    """½ max((v−R)², (clip(v, v_old±ε)−R)²), per element: the value step of lm-human-preferences (Ziegler et
-    al. 2019).
+    """½ max((v−R)², (clip(v, v_old±ε)−R)²), per element: the value step of lm-human-preferences (Ziegler et al. 2019).
 
-    The worse of the moved and the clipped value counts, so a value that already moved by ε towards R rests.
-    An infinite `clip` switches clipping off.
+    The worse of the moved and the clipped value counts, so a value that already moved by ε towards R rests. An infinite
+    `clip` switches clipping off.
     """
     new, old, target = widen(value), widen(old_value), widen(returns)
     near = torch.clamp(new, old - clip, old + clip)
@@ -111,9 +104,7 @@ def clipped_value_error(value: Tensor, old_value: Tensor, returns: Tensor, clip:
 
 
 def bradley_terry(chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0) -> Tensor:
-    """−log σ(r_chosen − r_rejected − margin), per pair. Bradley & Terry 1952; margin as Llama 2 (2023), eq.
-    2.
-    """
+    """−log σ(r_chosen − r_rejected − margin), per pair. Bradley & Terry 1952; margin as Llama 2 (2023), eq. 2."""
     return -F.logsigmoid(_gap(chosen, rejected, margin))
 
 
@@ -137,8 +128,8 @@ def _gap(chosen: Tensor, rejected: Tensor, margin: Tensor | float) -> Tensor:
 def ranking(scores_BK: Tensor, rank_BK: Tensor, mask_BK: Tensor | None = None) -> Tensor:
     """Mean of −log σ(r_better − r_worse) over a prompt's comparable pairs, per prompt; rank 0 is the best.
 
-    Ouyang et al. 2022 (InstructGPT), eq. 1, with the mean over the pairs that remain: equal ranks are ties
-    and are dropped, unused places (mask False) take no part, and a prompt without a comparable pair gives 0.
+    Ouyang et al. 2022 (InstructGPT), eq. 1, with the mean over the pairs that remain: equal ranks are ties and are
+    dropped, unused places (mask False) take no part, and a prompt without a comparable pair gives 0.
     """
     scores_BK = keep(scores_BK, mask_BK)
     better_BKK = (rank_BK[:, :, None] < rank_BK[:, None, :]) & _both(scores_BK, mask_BK)
@@ -149,8 +140,8 @@ def ranking(scores_BK: Tensor, rank_BK: Tensor, mask_BK: Tensor | None = None) -
 def centring(scores_BK: Tensor, mask_BK: Tensor | None = None) -> Tensor:
     """Mean of (r_i + r_j)² over a prompt's pairs of answers, per prompt; ties included.
 
-    Preferences fix rewards only up to a constant; a little of this keeps them near 0 (Eisenstein et al. 2023,
-    sec. 5). Fewer than two answers give 0.
+    Preferences fix rewards only up to a constant; a little of this keeps them near 0 (Eisenstein et al. 2023, sec. 5).
+    Fewer than two answers give 0.
     """
     scores_BK = keep(scores_BK, mask_BK)
     sum_BKK = scores_BK[:, :, None] + scores_BK[:, None, :]

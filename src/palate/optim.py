@@ -18,14 +18,14 @@ Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 class Adam(torch.optim.Optimizer):
     """Adam (Kingma & Ba 2015) with decoupled weight decay (Loshchilov & Hutter 2019), in two forms.
 
-    They differ in where ε stands. Both step by lr·√(1−β₂ᵗ)/(1−β₁ᵗ) · m / (√v + ε̂). `"tensorflow"` takes ε̂ = ε, the form before the
-    paper's algorithm 1, which the 2019 work was trained with; `"torch"` takes ε̂ = ε·√(1−β₂ᵗ), which is
-    algorithm 1 and what `torch.optim.AdamW` does. At t = 1 that is 1/31 of ε, so small gradients move far
-    more under `"torch"` early on. Weights shrink by lr·weight_decay before the step. State per parameter:
-    `step`, `exp_avg`, `exp_avg_sq`.
+    They differ in where ε stands. Both step by lr·√(1−β₂ᵗ)/(1−β₁ᵗ) · m / (√v + ε̂). `"tensorflow"` takes ε̂ = ε, the
+    form before the paper's algorithm 1, which the 2019 work was trained with; `"torch"` takes ε̂ = ε·√(1−β₂ᵗ), which is
+    algorithm 1 and what `torch.optim.AdamW` does. At t = 1 that is 1/31 of ε, so small gradients move far more under
+    `"torch"` early on. Weights shrink by lr·weight_decay before the step. State per parameter: `step`, `exp_avg`,
+    `exp_avg_sq`.
 
-    PalateError when a number is out of range or a parameter is neither float32 nor float64: half precision
-    drops updates below 0.4 % of a weight and stalls the second moment at β₂ = 0.999.
+    PalateError when a number is out of range or a parameter is neither float32 nor float64: half precision drops
+    updates below 0.4 % of a weight and stalls the second moment at β₂ = 0.999.
     """
 
     def __init__(
@@ -107,9 +107,7 @@ def _refuse_half_precision(parameters: Iterable[Tensor]) -> None:
 
 
 def updates(total: int, batch: int, round_up: bool = False) -> int:
-    """How many batches `total` episodes make: rounded down as the reproductions do, or up as OpenAI 2019
-    does.
-    """
+    """How many batches `total` episodes make: rounded down as the reproductions do, or up as OpenAI 2019 does."""
     return -(-total // batch) if round_up else total // batch
 
 
@@ -121,24 +119,22 @@ def constant(done: float, total: float) -> float:
 def linear(done: float, total: float) -> float:
     """1 − done/total, at least 0. `done` and `total` count whatever is convenient: updates, or examples seen.
 
-    lm-human-preferences anneals its reward model by examples seen (0, B, 2B … of num_train) and its policy by
-    updates (u − 1 of N, the same for all epochs over one rollout); detail 12.
+    lm-human-preferences anneals its reward model by examples seen (0, B, 2B … of num_train) and its policy by updates
+    (u − 1 of N, the same for all epochs over one rollout); detail 12.
     """
     return max(0.0, 1.0 - done / total)
 
 
 def cosine(done: float, total: float) -> float:
-    """½(1 + cos(π·done/total)): half a cosine from 1 to 0 (Loshchilov & Hutter 2017, eq. 5, one cycle), then
-    0.
-    """
+    """½(1 + cos(π·done/total)): half a cosine from 1 to 0 (Loshchilov & Hutter 2017, eq. 5, one cycle), then 0."""
     return 0.5 * (1.0 + math.cos(math.pi * min(done / total, 1.0)))
 
 
 def warmed_up(done: int, total: int, warmup: int, schedule: Callable[[float, float], float]) -> float:
     """A linear rise over the first `warmup` updates, then `schedule` over the rest.
 
-    The rise goes through 1/(warmup + 1), 2/(warmup + 1) …, so that no update is spent at rate 0 and the peak
-    comes right after it.
+    The rise goes through 1/(warmup + 1), 2/(warmup + 1) …, so that no update is spent at rate 0 and the peak comes
+    right after it.
     """
     if done < warmup:
         return (done + 1) / (warmup + 1)
