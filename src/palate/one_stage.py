@@ -56,9 +56,7 @@ class OneStage:
             choices = " or ".join(f"{owner}.{first}" for owner in owners)
             raise PalateError(f"{first}: several groups of settings have it. Write {choices}.")
         known = list(self.known())
-        raise PalateError(
-            f"there is no setting {first!r}.{nearest(first, known)} `palate {self.name} --help` lists them."
-        )
+        raise PalateError(f"there is no setting {first!r}.{nearest(first, known)} Known: {', '.join(sorted(known))}.")
 
     def known(self) -> Iterator[str]:
         """Every name that may be given at the top."""

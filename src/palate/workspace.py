@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +93,9 @@ class Workspace:
     def close(self) -> None:
         """Finish the trackers."""
         self._trackers.close()
+
+
+def named_stages(values: Iterable[str | Path]) -> list[str]:
+    """The stage names among some values: those written `stage:NAME`."""
+    texts = [str(value) for value in values]
+    return [text.removeprefix(STAGE) for text in texts if text.startswith(STAGE)]
