@@ -33,7 +33,7 @@ class Normalise(Settings):
     """Set the scale before training."""
     after: bool = True
     """Set the scale again after training."""
-    on: Literal["answers", "demonstrations"] = "answers"
+    over: Literal["answers", "demonstrations"] = "answers"
     """`answers`: sampled by `model` on the data's prompts (2019 work). `demonstrations`: as written (TL;DR work)."""
     model: str | None = None
     """Whose answers; the model the stage starts from when not given."""
@@ -72,7 +72,7 @@ def normalise(
     if seat.head is None:
         raise PalateError("normalise: this stage trains no reward head.")
     known = load(asked.data, here.seed, "all") if asked.data is not None else records
-    tokens = (_answers if asked.on == "answers" else _demonstrations)(asked, judge, start, known, encoding, here, how)
+    tokens = (_answers if asked.over == "answers" else _demonstrations)(asked, judge, start, known, encoding, here, how)
     with torch.no_grad():
         seat.head.gain.fill_(1.0)
         seat.head.bias.fill_(0.0)

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from palate.cast import Cast, Layout
+from palate.cast import Cast, Layout, assemble
 from palate.data.segments import stop_tokens
 from palate.engines.engine import Sampling
 from palate.engines.local import LocalEngine
+from palate.evidence import digest
 from palate.models import load as loading
 from palate.models.load import Loaded, Loading, Use
 from palate.models.make import Make, make
@@ -80,3 +81,36 @@ def engine(cast: Cast, tokenizer: Tokenizer, sampling: Sampling, records: Sequen
 def engine_for(speaker: Loaded, sampling: Sampling) -> LocalEngine:
     """An engine for a model by itself, outside any cast."""
     return LocalEngine(speaker.trunk, speaker.tokenizer, sampling)
+
+
+def offline_cast(loaded: Loaded, layout: Layout, role: str, counter: int) -> Cast:
+    """The one role that learns from data at rest."""
+    return assemble(layout, loaded, (role,), counter)
+
+
+def online_cast(loaded: Loaded, value: Loaded | None, layout: Layout, trains: Sequence[str], counter: int) -> Cast:
+    """The policy, its frozen start as the reference, and whoever else trains."""
+    return assemble(layout, loaded, tuple(dict.fromkeys(("policy", "reference", *trains))), counter, value)
+
+
+def keep(
+    here: Workspace,
+    cast: Cast,
+    loaded: Loaded,
+    role: str,
+    stage: Choice,
+    sources: Sequence[str],
+    metrics: Mapping[str, float],
+) -> None:
+    """Save the model of `role` as `model/` in the stage's folder, with a card that says where it comes from."""
+    seat = cast.seat(role)
+    if seat.head is not None:
+        seat.head.trained = True
+    card = Card(
+        title=f"{here.folder.parent.name}: {here.name}",
+        base=loaded.source,
+        data={Path(f).name: digest(Path(f)) for f in sources},
+        settings=stage.model_dump(mode="json"),
+        metrics=metrics,
+    )
+    save(here.folder / "model", seat.trunk, loaded.tokenizer, card, seat.head, seat.adapter)

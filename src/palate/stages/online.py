@@ -119,7 +119,7 @@ class Stage(Choice):
         """Sample, score, learn; save the policy."""
         loop = _Loop(self, here)
         loop.go()
-        _seats.save(here, loop.cast, loop.loaded, "policy", loop.last)
+        _seats.keep(here, loop.cast, loop.loaded, "policy", self, self.prompts.files(), loop.last)
 
 
 class _Loop:
@@ -130,7 +130,9 @@ class _Loop:
         self.algorithm: Online = stage.algorithm  # pyright: ignore[reportAttributeAccessIssue]
         self.loaded = _seats.open_model(stage.model, here, "policy", stage.loading)
         value = _seats.open_model(stage.value_model, here, "value", stage.loading) if stage.value_model else None
-        self.cast = _seats.online_cast(self.loaded, value, stage.layout, key(here.seed, stage.name))
+        self.cast = _seats.online_cast(
+            self.loaded, value, stage.layout, self.algorithm.trains, key(here.seed, stage.name)
+        )
         reward, watch = (_seats.at_hand(asked, here) for asked in (stage.reward, stage.watch))
         self.judging = Judging(reward or stage.reward, watch, stage.shaping, stage.truncation, self.loaded.tokenizer)
         records, _ = _rows.read(stage.prompts, here.seed)

@@ -77,7 +77,7 @@ class Stage(Choice):
 
     def references(self) -> list[str]:
         """Earlier stages this one reads."""
-        return _seats.references(self.model, *(self.normalise.references() if self.normalise else []))
+        return _seats.references(self.model, self.normalise.model if self.normalise else None)
 
     def files(self) -> list[str]:
         """Files whose content counts for the cache."""
@@ -92,12 +92,15 @@ class Stage(Choice):
         rows, held_rows = _rows.encode(train, *encoder), _rows.encode(held, *encoder)
         cast = _seats.offline_cast(loaded, self.layout, algorithm.trains[0], key(here.seed, self.name))
         training = _Training(self, algorithm, here, loaded, cast, rows, held_rows)
-        if self.normalise is not None and training.done == 0:
-            normalise(self.normalise, "before", cast, loaded, train, here)
+        start = self.model if isinstance(self.model, str) else None
+        scale = (cast, loaded, start, train, self.encoding, here, self.loading)
+        if self.normalise is not None and self.normalise.before and training.done == 0:
+            normalise(self.normalise, *scale)
         training.go()
-        if self.normalise is not None:
-            normalise(self.normalise, "after", cast, loaded, train, here)
-        _seats.save(here, cast, loaded, algorithm.trains[0], training.last)
+        if self.normalise is not None and self.normalise.after:
+            gain, bias = normalise(self.normalise, *scale)
+            training.last |= {"reward/gain": gain, "reward/bias": bias}
+        _seats.keep(here, cast, loaded, algorithm.trains[0], self, self.data.files(), training.last)
 
 
 class _Training:
