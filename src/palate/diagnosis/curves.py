@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from palate.diagnosis import svg
 from palate.diagnosis.run_folder import Points, StageFolder
@@ -11,12 +13,17 @@ from palate.diagnosis.run_folder import Points, StageFolder
 
 @dataclass(frozen=True)
 class Curve:
-    """One chart: the metrics that share it as (metric, label, style), and what the eye should look for."""
+    """One chart: the metrics that share it as (metric, label, style), and what the eye should look for.
+
+    `include` are values the vertical axis must show. Where `units_differ`, series of unequal size get a chart
+    each.
+    """
 
     title: str
     caption: str
     metrics: tuple[tuple[str, str, str], ...]
     include: tuple[float, ...] = ()
+    units_differ: bool = False
 
 
 @dataclass(frozen=True)
@@ -29,12 +36,13 @@ class Figure:
     legend: tuple[tuple[str, str], ...] = ()
 
 
+SCORES = Curve(
+    "Score and truth",
+    "What the reward says (proxy) and what is true (gold). They should rise together.",
+    (("objective/scores", "proxy", "proxy"), ("gold/mean", "gold", "gold")),
+    units_differ=True,
+)
 CURVES = (
-    Curve(
-        "Score and truth",
-        "What the reward says (proxy) and what is true (gold). They should rise together.",
-        (("objective/scores", "proxy", "proxy"), ("gold/mean", "gold", "gold")),
-    ),
     Curve(
         "KL to the reference",
         "Nats per answer: how far the policy has moved.",
@@ -110,7 +118,7 @@ CURVES = (
 )
 
 _MISMATCH = 8.0
-"""Series whose spans differ by more than this factor get a chart each: on one, the smaller would look flat."""
+"""Series of other units whose spans differ by more than this get a chart each: one would look flat beside the other."""
 _RAW = 40
 """Series up to this many points are drawn as they are; longer ones smoothed, with the raw ones faint behind."""
 
@@ -128,7 +136,7 @@ def _draw(stage: StageFolder, curve: Curve) -> list[Figure]:
     ]
     if not lines:
         return []
-    if len(lines) == 1 or together([line.points for line in lines]):
+    if not curve.units_differ or together([line.points for line in lines]):
         return [_figure(curve, lines, curve.title)]
     return [_figure(curve, [line], f"{curve.title}: {line.label}") for line in lines]
 
@@ -176,8 +184,14 @@ def end_of(points: Points) -> float:
     return sum(v for _, v in tail) / len(tail)
 
 
+def noise_of(points: Points) -> float:
+    """How much a series wavers about its trend: the deviation of one point, from the steps between neighbours."""
+    steps = [(after - before) ** 2 for (_, before), (_, after) in pairwise(points)]
+    return math.sqrt(sum(steps) / len(steps) / 2) if steps else 0.0
+
+
 def frontier(stage: StageFolder) -> list[Figure]:
-    """Score, and gold where known, against KL over training (Gao et al. 2022); nothing without a KL."""
+    """Score and gold over training, and both against the KL they cost (Gao et al. 2022); nothing without a KL."""
     kl = dict(smooth(stage.series("objective/kl")))
     lines: list[svg.Line] = []
     for metric, label, style in (("objective/scores", "proxy", "proxy"), ("gold/mean", "gold", "gold")):
@@ -186,8 +200,9 @@ def frontier(stage: StageFolder) -> list[Figure]:
             lines.append(svg.Line(label, svg.thin(path, 60), style))
     if not lines:
         return []
-    shared = len(lines) == 1 or together([line.points for line in lines])
-    return [_frontier(group) for group in ([lines] if shared else [[line] for line in lines])]
+    shared = together([line.points for line in lines])
+    paths = [_frontier(group) for group in ([lines] if shared else [[line] for line in lines])]
+    return [*_draw(stage, SCORES), *paths]
 
 
 def _frontier(lines: Sequence[svg.Line]) -> Figure:
@@ -195,4 +210,4 @@ def _frontier(lines: Sequence[svg.Line]) -> Figure:
     title = f"{names} against KL to the reference, in the order of training"
     caption = "Training runs from the hollow dot to the full one. Where gold bends down, the proxy is overused."
     drawing = svg.frontier(lines, title, "KL to the reference, nats", "mean score")
-    return Figure(f"What each nat bought: {names}", caption, drawing, _legend(lines))
+    return Figure(f"{names[0].upper()}{names[1:]} against KL", caption, drawing, _legend(lines))

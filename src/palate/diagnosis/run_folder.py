@@ -57,11 +57,11 @@ class StageFolder:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A whole run; `stages` in the order they ran."""
+    """A whole run; `stages` in the order they ran, `resolved` the text of resolved.yaml with its origins."""
 
     folder: Path
     given: Row
-    resolved: Any
+    resolved: str
     provenance: Row
     stages: tuple[StageFolder, ...]
     missing: tuple[str, ...]
@@ -93,15 +93,11 @@ def read(folder: Path) -> RunFolder:
     return RunFolder(
         folder=folder,
         given=as_mapping(_load(folder / "run.yaml", missing)),
-        resolved=_load(_first(folder, "resolved.yaml", "resolved.json"), missing),
+        resolved=_text(folder / "resolved.yaml", missing),
         provenance=as_mapping(_load(folder / "provenance.json", missing)),
         stages=tuple(stages),
         missing=tuple(missing),
     )
-
-
-def _first(folder: Path, *names: str) -> Path:
-    return next((folder / name for name in names if (folder / name).exists()), folder / names[0])
 
 
 def _stage_folders(folder: Path) -> Iterator[Path]:
@@ -134,17 +130,20 @@ def _stage(folder: Path) -> StageFolder:
     )
 
 
-def _load(path: Path, missing: list[str]) -> Any:
+def _text(path: Path, missing: list[str]) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         missing.append(f"{path.name} is not there")
-        return {}
     except (OSError, UnicodeDecodeError) as fault:
         missing.append(f"{path.name} cannot be read: {fault}")
-        return {}
+    return ""
+
+
+def _load(path: Path, missing: list[str]) -> Any:
+    text = _text(path, missing)
     try:
-        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        return json.loads(text or "{}") if path.suffix == ".json" else yaml.safe_load(text)
     except (json.JSONDecodeError, yaml.YAMLError, RecursionError):
         missing.append(f"{path.name} is cut off or not valid")
         return {}

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from html import escape
 
 Point = tuple[float, float]
-_WIDTH, _HEIGHT = 440.0, 240.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54.0, 14.0, 14.0, 36.0
+_WIDTH, _HEIGHT = 410.0, 230.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 14.0, 12.0, 38.0
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Bar:
 
 def bars(rows: Sequence[Bar], title: str, chance: float | None = 0.5) -> str:
     """Shares in [0, 1], one under the other, with a dashed line at chance."""
-    x = Scale(0.0, 1.0, 156.0, _WIDTH - 58)
+    x = Scale(0.0, 1.0, 150.0, _WIDTH - 52)
     height = 32.0 * len(rows) + 24
     body = [_bar(row, x, 6 + 32.0 * i) for i, row in enumerate(rows)]
     if chance is not None:
@@ -171,7 +171,7 @@ def _bar(row: Bar, x: Scale, top: float) -> str:
         caps = f"M{low:.1f} {middle - 4:.1f}v8M{high:.1f} {middle - 4:.1f}v8"
         said = _title(f"95 % interval {row.low:.1%} to {row.high:.1%}")
         parts.append(f'<path class="whisker" d="M{low:.1f} {middle:.1f}H{high:.1f}{caps}">{said}</path>')
-    parts.append(_text(x.end + 6, top + 13, f"{row.value:.1%}", "value", "start"))
+    parts.append(_text(x.end + 6, top + 13, f"{row.value:.1%}", "amount", "start"))
     return "".join(parts)
 
 
