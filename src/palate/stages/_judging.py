@@ -13,7 +13,7 @@ from torch import Tensor
 from palate.batches import Rollouts, Scored
 from palate.data.encode import PromptRow
 from palate.models.tokenizer import Tokenizer
-from palate.rewards.reward import Scorer, read_answers
+from palate.rewards.reward import Scorer, answers_of
 from palate.rewards.shaping import Shaping, cut_after, shape, stop_token
 from palate.settings import Settings
 
@@ -49,8 +49,7 @@ class Judging:
     ) -> tuple[Scored, dict[str, float]]:
         """The verdict on each answer, and metrics of what each reward said. `prompts` are those asked."""
         judged = self._cut(rollouts)
-        texts, columns = [p.text for p in prompts], [p.columns for p in prompts]
-        answers = read_answers(judged, self.tokenizer, texts, columns)
+        answers = answers_of(judged, prompts, self.tokenizer)
         verdict = shape(self.reward.score(answers), answers, self.shaping)
         parts = dict(verdict.parts)
         if self.watch is not None:
