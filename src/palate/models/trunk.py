@@ -80,7 +80,13 @@ class Trunk(nn.Module):
     def checkpoint_activations(self) -> None:
         """Keep only the blocks' inputs for the backward pass and compute the rest again: memory for time."""
         how = {"use_reentrant": False, "context_fn": remember_adapter}
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
+        model: Any = self.model
+        # Renamed within transformers 5; both take the checkpoint function's arguments first.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(how)
+        # It also asks for a gradient at the embeddings, which only reentrant checkpointing needs; frozen blocks
+        # below the trained ones would be walked for nothing.
+        model.disable_input_require_grads()
         self.recomputes = True
 
     def hidden(self, tokens_BT: Tensor, real_BT: Tensor) -> Tensor:
