@@ -40,8 +40,8 @@ class OneStage:
         return experiment
 
     def place(self, name: str) -> str:
-        """The full dotted name of a setting given at the top; of a dotted one, by its first part."""
-        first = name.partition(".")[0]
+        """The full dotted name of a setting (or of an assignment to it) given at the top."""
+        first = name.partition("=")[0].partition(".")[0]
         if first in Experiment.model_fields:
             return name
         stage = settings.find("stages", self.kind)

@@ -1,0 +1,76 @@
+"""What there is to choose from, read from the source without importing it: a list must not need torch."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping
+from pathlib import Path
+
+from palate.settings import PalateError, nearest
+
+_PACKAGE = Path(__file__).parent
+_CLASSES = {"algorithms": "Algorithm", "rewards": "Reward", "stages": "Stage"}
+TOPICS = ("algorithms", "rewards", "stages", "recipes", "worlds", "metrics", "formats")
+
+
+def listing(topic: str) -> dict[str, str]:
+    """Name and one line of meaning of everything under a topic."""
+    if topic in _CLASSES:
+        return _choices(topic, _CLASSES[topic])
+    if topic == "recipes":
+        return {name: _first_comment(path) for name, path in recipes().items()}
+    if topic == "worlds":
+        return {path.stem: _first_line(_parsed(path)) for path in _modules("worlds")}
+    if topic == "metrics":
+        from palate.metrics import METRICS
+
+        return {name: f"[{m.unit}] {m.meaning} {m.over[0].upper()}{m.over[1:]}." for name, m in METRICS.items()}
+    if topic == "formats":
+        from palate.data.formats import FORMATS
+
+        return {f.name: f.shape for f in FORMATS}
+    raise PalateError(f"nothing is called {topic!r}.{nearest(topic, TOPICS)} Known: {', '.join(TOPICS)}.")
+
+
+def recipes() -> Mapping[str, Path]:
+    """Every recipe that ships, by name (`presets/tldr`), in a checkout or an installed package."""
+    inside = _PACKAGE / "recipes"
+    folder = inside if inside.is_dir() else _PACKAGE.parents[1] / "recipes"
+    return {str(p.relative_to(folder).with_suffix("")): p for p in sorted(folder.rglob("*.yaml"))}
+
+
+def recipe(name: str) -> Path:
+    """The file of a recipe that ships."""
+    known = recipes()
+    if name not in known:
+        raise PalateError(f"no recipe is called {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")
+    return known[name]
+
+
+def _modules(folder: str) -> list[Path]:
+    return sorted(p for p in (_PACKAGE / folder).glob("*.py") if not p.stem.startswith("_"))
+
+
+def _choices(folder: str, name: str) -> dict[str, str]:
+    """The files of a folder that hold the class its kinds are called by, with what that class says of itself."""
+    found: dict[str, str] = {}
+    for path in _modules(folder):
+        for node in _parsed(path).body:
+            if isinstance(node, ast.ClassDef) and node.name == name:
+                found[path.stem] = _first_line(node)
+    return found
+
+
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def _first_line(node: ast.Module | ast.ClassDef) -> str:
+    """The first sentence of a docstring, which may run over two lines."""
+    text = " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
+    return text.partition(". ")[0].rstrip(".") + "." if text else ""
+
+
+def _first_comment(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.lstrip("# ").strip() if first.startswith("#") else ""

@@ -1,0 +1,312 @@
+"""The command line: `palate VERB [key=value ...]`. Nothing heavy is imported before a verb needs it."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+_SETTINGS: dict[str, Any] = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
+
+
+class _Verbs(click.Group):
+    """The verbs in the order in which they are used, with the nearest one when a word is unknown."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            close = difflib.get_close_matches(args[0], self.commands, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise click.UsageError(f"no verb is called {args[0]!r}.{hint} Known: {', '.join(self.commands)}.", ctx)
+        return super().resolve_command(ctx, args)
+
+
+def _told(verb: F) -> F:
+    """A fault the user can mend is one message and exit code 2; Ctrl-C says how to go on and is exit code 130."""
+
+    @functools.wraps(verb)
+    def wrapped(*args: Any, **more: Any) -> Any:
+        from palate.settings import PalateError
+
+        try:
+            return verb(*args, **more)
+        except PalateError as fault:
+            click.echo(f"palate: {fault}", err=True)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            click.echo("\npalate: stopped. The same command goes on where it left off:", err=True)
+            click.echo(f"  {_command()}", err=True)
+            sys.exit(130)
+
+    return wrapped  # pyright: ignore[reportReturnType]
+
+
+def _command() -> str:
+    return shlex.join(["palate", *sys.argv[1:]])
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="palate", message="palate %(version)s")
+def main() -> None:
+    """Teach a language model taste: SFT, reward models, PPO, evaluation, and the report.
+
+    \b
+    Start here:
+      palate list recipes
+      palate init tasting_room
+      palate run tasting_room.yaml
+    """
+
+
+@main.command("run", context_settings=_SETTINGS)
+@click.argument("recipe")
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[key=value ...]")
+@_told
+def run_verb(recipe: str, words: Sequence[str]) -> None:
+    """Run the stages of RECIPE (a YAML file, or the name of a recipe that ships), or go on with them.
+
+    Stages that are done are skipped; a stage that was stopped goes on from its newest checkpoint. Settings are
+    changed by dotted names; a stage goes by its number from 0 or by its name.
+
+    \b
+    Example:
+      palate run recipes/tasting_room.yaml seed=2 stages.rlhf.algorithm.kl_coef=0.1
+    """
+    from palate import catalogue, one_stage
+    from palate.run import plan_file
+
+    path = Path(recipe)
+    if not path.exists() and recipe in catalogue.recipes():
+        path = catalogue.recipe(recipe)
+    _find_own_code(path.parent)
+    _execute(plan_file(path, one_stage.words_to_assignments(list(words))))
+
+
+def _find_own_code(*folders: Path) -> None:
+    """Let `module:name` find the user's files: beside the recipe, then in the working directory, after all else."""
+    for folder in (*folders, Path.cwd()):
+        if str(folder.resolve()) not in sys.path:
+            sys.path.append(str(folder.resolve()))
+
+
+def _execute(planned: Any) -> None:
+    from palate.closing import close
+    from palate.live import Display
+    from palate.run import execute
+
+    display = Display()
+    close(execute(planned, display, ["palate", *sys.argv[1:]]), planned, display)
+
+
+def _one_stage(kind: str, name: str, algorithm: str | None, words: Sequence[str]) -> None:
+    """Run one stage from flat settings; `config` among them names a YAML file with more."""
+    from palate import settings
+    from palate.one_stage import STAGE, OneStage, value_of, words_to_assignments
+    from palate.run import plan
+
+    _find_own_code()
+    shape = OneStage(kind, name, algorithm)
+    assigned = words_to_assignments(list(words))
+    files = [str(value) for key, value in map(value_of, assigned) if key == "config"]
+    flat: dict[str, Any] = {}
+    for file in files:
+        flat |= settings.read_yaml(Path(file))
+    if "stages" in flat:
+        raise settings.PalateError(f"{files[-1]}: this file has stages of its own. Use `palate run {files[-1]}`.")
+    placed = [shape.place(a) for a in assigned if not a.startswith("config=")]
+    try:
+        planned = plan(shape.given(flat), placed)
+    except settings.PalateError as fault:  # the user never wrote the place that the settings were put in
+        raise settings.PalateError(str(fault).replace(f"{STAGE}.", "").replace(f"{STAGE}: ", "")) from None
+    _execute(planned)
+
+
+@main.command("sft", context_settings=_SETTINGS)
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[key=value ...]")
+@_told
+def sft_verb(words: Sequence[str]) -> None:
+    """Teach a model by demonstration. Needs model= and data=.
+
+    \b
+    Example:
+      palate sft model=gpt2 data=demonstrations.jsonl learning_rate=1e-5 num_train_epochs=2
+      palate sft --config sft.yaml --name first
+    """
+    _one_stage("train", "sft", "sft", words)
+
+
+@main.command("reward", context_settings=_SETTINGS)
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[key=value ...]")
+@_told
+def reward_verb(words: Sequence[str]) -> None:
+    """Train a reward model on preferences. Needs model= and data=.
+
+    \b
+    Example:
+      palate reward model=runs/sft/1-sft/model data=pairs.jsonl batch_size=16
+      palate reward --config reward.yaml
+    """
+    _one_stage("train", "reward", "reward", words)
+
+
+@main.command("ppo", context_settings=_SETTINGS)
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[key=value ...]")
+@_told
+def ppo_verb(words: Sequence[str]) -> None:
+    """Train a policy by PPO. Needs model=, reward= and prompts=.
+
+    reward= is a reward model's folder, or a Python function as module:function.
+
+    \b
+    Example:
+      palate ppo model=runs/sft/1-sft/model reward=runs/reward/1-reward/model prompts=prompts.jsonl kl_coef=0.1
+      palate ppo --config ppo.yaml --total-episodes 2000
+    """
+    _one_stage("online", "ppo", "ppo", words)
+
+
+@main.command("evaluate", context_settings=_SETTINGS)
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[key=value ...]")
+@_told
+def evaluate_verb(words: Sequence[str]) -> None:
+    """Measure models: win rate, reward-model accuracy, KL, length and more.
+
+    \b
+    Example:
+      palate evaluate --config evaluate.yaml
+      palate run recipes/tasting_room.yaml    (whose last stage evaluates)
+    """
+    _one_stage("evaluate", "evaluate", None, words)
+
+
+@main.command("generate", context_settings=_SETTINGS)
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[key=value ...]")
+@_told
+def generate_verb(words: Sequence[str]) -> None:
+    """Answer a prompt. Needs model= (a folder, hub id or run directory) and prompt=.
+
+    \b
+    Example:
+      palate generate model=runs/tasting_room prompt="Describe the soup." max_new_tokens=40 temperature=0.7
+      palate generate --model gpt2 --prompt "Once upon a time" --greedy
+    """
+    from palate.one_stage import value_of, words_to_assignments
+    from palate.settings import PalateError
+
+    pairs = [(key, text) for key, _, text in (a.partition("=") for a in words_to_assignments(list(words)))]
+    texts = {key: text for key, text in pairs if key in ("model", "prompt")}
+    for key in ("model", "prompt"):
+        if key not in texts:
+            raise PalateError(f"{key}= is missing. Example: palate generate model=gpt2 prompt='Once upon a time'.")
+    more = dict(value_of(f"{key}={text}") for key, text in pairs if key not in texts)
+    from palate.door import load
+
+    for answer in load(texts["model"]).generate(texts["prompt"], **more):
+        click.echo(answer)
+
+
+@main.command("report")
+@click.argument("run", type=click.Path(path_type=Path))
+@_told
+def report_verb(run: Path) -> None:
+    """Write report.html and report.md into the run directory RUN.
+
+    \b
+    Example:
+      palate report runs/tasting_room
+    """
+    from palate.diagnosis.report import write
+
+    for path in write(run):
+        click.echo(path)
+
+
+@main.group("data")
+def data_verb() -> None:
+    """Look at data before training on it."""
+
+
+@data_verb.command("check")
+@click.argument("file")
+@click.option("--model", help="Measure in this model's tokens instead of words, and check its masks.")
+@click.option("--format", "form", default="auto", help="What the columns mean; `palate list formats`.")
+@click.option("--max-length", type=int, help="Count rows longer than this.")
+@click.option("--json", "as_json", is_flag=True, help="For machines.")
+@_told
+def check_verb(file: str, model: str | None, form: str, max_length: int | None, as_json: bool) -> None:
+    """Count what would hurt in FILE: duplicates, empty fields, chosen = rejected, untrained rows and more.
+
+    Exit code 1 when something was found that would make training fail or teach nothing.
+
+    \b
+    Example:
+      palate data check pairs.jsonl
+      palate data check pairs.jsonl --model gpt2 --max-length 512 --json
+    """
+    from palate.data.check import check_data, report_dict, report_text
+    from palate.data.source import Data
+    from palate.settings import parse
+
+    tokenizer = None
+    if model is not None:
+        from palate.models.load import load
+
+        tokenizer = load(model).tokenizer
+    report = check_data(parse(Data, {"path": file, "format": form}), tokenizer=tokenizer, max_length=max_length)
+    click.echo(json.dumps(report_dict(report), indent=1) if as_json else report_text(report))
+    sys.exit(0 if report.healthy else 1)
+
+
+@main.command("list")
+@click.argument("topic", required=False)
+@_told
+def list_verb(topic: str | None) -> None:
+    """List algorithms, rewards, stages, recipes, worlds, metrics or formats; all but the last two without TOPIC.
+
+    \b
+    Example:
+      palate list recipes
+    """
+    from palate.catalogue import TOPICS, listing
+
+    for name in [topic] if topic else TOPICS[:5]:
+        found = listing(name)
+        width = max((len(n) for n in found), default=0)
+        click.echo(f"{name}:")
+        for entry, meaning in found.items():
+            click.echo(f"  {entry:<{width}}  {meaning}".rstrip())
+
+
+@main.command("init")
+@click.argument("name", default="tasting_room")
+@click.option("--to", type=click.Path(path_type=Path), help="The file to write; the recipe's own name otherwise.")
+@_told
+def init_verb(name: str, to: Path | None) -> None:
+    """Copy the recipe NAME (tasting_room when left out) here, to change and to run.
+
+    \b
+    Example:
+      palate init tasting_room
+      palate run tasting_room.yaml
+    """
+    from palate.catalogue import recipe
+    from palate.settings import PalateError
+
+    source = recipe(name)
+    target = to or Path(source.name)
+    if target.exists():
+        raise PalateError(f"{target}: there is already a file of that name. Choose another with --to FILE.")
+    target.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    click.echo(f"{target} is a copy of {name}. Next: palate run {target}")
