@@ -8,8 +8,11 @@ from torch import Tensor
 
 from palate.batches import Tokens
 from palate.cast import Cast, Seat
+from palate.data import collate
+from palate.data.encode import Encoding, TokenRow, encode_rankings
 from palate.models.load import Loaded, Loading, load
 from palate.models.tokenizer import Tokenizer
+from palate.records import Message, Ranking
 from palate.rewards.reward import Answers, Verdict
 from palate.settings import Choice, PalateError
 
@@ -80,26 +83,25 @@ def tokens_for(loaded: Loaded, answers: Answers) -> Tokens:
 
 
 def _encoded(tokenizer: Tokenizer, answers: Answers) -> Tokens:
-    """Prompt and answer by another tokenizer, encoded apart as the data are, an EOS after answers that ended."""
-    pieces = [_pieces(tokenizer, answers, row) for row in range(answers.size)]
-    width = max(len(prompt) + len(answer) for prompt, answer in pieces)
-    tokens_BT = torch.full((len(pieces), width), tokenizer.pad)
-    real_BT = torch.zeros(len(pieces), width, dtype=torch.bool)
-    action_BT = torch.zeros_like(real_BT)
-    for row, (prompt, answer) in enumerate(pieces):
-        end = len(prompt) + len(answer)
-        tokens_BT[row, :end] = torch.tensor([*prompt, *answer])
-        real_BT[row, :end] = True
-        action_BT[row, len(prompt) : end] = True
-    return Tokens(tokens_BT, real_BT, action_BT)
+    """Prompt and answer by another tokenizer, laid out as its training data were, an EOS after those that ended."""
+    finished = answers.rollouts.finished_B.tolist()
+    rows: dict[int, TokenRow] = {}
+    for ended in (True, False):
+        # an answer of which no text is left still needs a token to be read at
+        mine = [i for i, done in enumerate(finished) if (done or not answers.completions[i]) == ended]
+        if mine:
+            records = [_record(answers, i) for i in mine]
+            ranked = encode_rankings(records, tokenizer, Encoding(eos=ended)).rows
+            rows |= {i: one.rows[0] for i, one in zip(mine, ranked, strict=True)}
+    examples = collate.examples([rows[i] for i in range(answers.size)], tokenizer.pad)
+    return Tokens(examples.tokens_BT, examples.real_BT, examples.action_BT)
 
 
-def _pieces(tokenizer: Tokenizer, answers: Answers, row: int) -> tuple[list[int], list[int]]:
+def _record(answers: Answers, row: int) -> Ranking:
+    """One answer as data; in a conversation it is the assistant's next turn, closed as the template closes turns."""
     said, completion = answers.said[row], answers.completions[row]
-    prompt = said if isinstance(said, str) else tokenizer.render(said, add_generation_prompt=True)
-    finished = bool(answers.rollouts.finished_B[row])
-    end = [tokenizer.eos] if finished and tokenizer.eos is not None else []
-    return tokenizer.encode(prompt), [*tokenizer.encode(completion), *end]
+    answer = completion if isinstance(said, str) else (Message("assistant", completion),)
+    return Ranking(prompt=said, completions=(answer,), ranks=(0,))
 
 
 @torch.no_grad()
