@@ -92,9 +92,7 @@ class Algorithm(Choice):
             scored.score_B, logp_BT, ref_BT, mask_BT, kl_coef, self.score_position
         )
         value_mask_BT = mask_BT | mask_BT.roll(1, -1) if self.score_position == "after" else mask_BT
-        shaped_BT = (
-            credit.whiten(reward_BT, value_mask_BT, shift_mean=False) if self.whiten_rewards else reward_BT
-        )
+        shaped_BT = credit.whiten(reward_BT, value_mask_BT, shift_mean=False) if self.whiten_rewards else reward_BT
         shaped_BT = shaped_BT.masked_fill(~value_mask_BT, 0.0)
         value_BT = value_BT.masked_fill(~value_mask_BT, 0.0)
         raw_BT = credit.gae(shaped_BT, value_BT, value_mask_BT, self.gamma, self.lam)
@@ -112,22 +110,22 @@ class Algorithm(Choice):
             value_mask_BT=value_mask_BT,
             temperature=rows.temperature,
             memory=self._remember(kl_coef, float(kl_B.mean()), kl_B.numel()),
-            metrics=self._summary(
-                scored, kl_B, logp_BT, value_BT, returns_BT, raw_BT, mask_BT, value_mask_BT
-            ),
+            metrics=self._summary(scored, kl_B, logp_BT, value_BT, returns_BT, raw_BT, mask_BT, value_mask_BT),
         )
 
     def loss(self, cast: Cast, batch: Experience) -> Loss:
         """The clipped surrogate over answer tokens and `vf_coef` times the clipped value error."""
         logp_BT, entropy_BT, value_BT = cast.logp_and_values("policy", "value", batch, batch.temperature)
-        mask_BT, value_mask_BT = batch.action_BT, batch.value_mask_BT
-        policy_BT = losses.clipped_surrogate(logp_BT, batch.logp_BT, batch.advantage_BT, self.cliprange)
-        error_BT = losses.clipped_value_error(
-            value_BT, batch.value_BT, batch.returns_BT, self.cliprange_value
+        said_N, value_N = batch.action_BT, batch.value_mask_BT  # only these cells are read: the rest is nobody's
+        policy_N = losses.clipped_surrogate(
+            logp_BT[said_N], batch.logp_BT[said_N], batch.advantage_BT[said_N], self.cliprange
+        )
+        error_N = losses.clipped_value_error(
+            value_BT[value_N], batch.value_BT[value_N], batch.returns_BT[value_N], self.cliprange_value
         )
         terms = {
-            "loss/policy_avg": Term(policy_BT.masked_fill(~mask_BT, 0.0).sum(), "tokens"),
-            "loss/value_avg": Term(error_BT.masked_fill(~value_mask_BT, 0.0).sum(), "values", self.vf_coef),
+            "loss/policy_avg": Term(policy_N.sum(), "tokens"),
+            "loss/value_avg": Term(error_N.sum(), "values", self.vf_coef),
         }
         return Loss(terms, self._seen(logp_BT.detach(), entropy_BT.detach(), value_BT.detach(), batch))
 
@@ -172,9 +170,7 @@ class Algorithm(Choice):
             "advantages/var": float(advantage_BT[mask_BT].var(correction=0)),
         }
 
-    def _seen(
-        self, logp_BT: Tensor, entropy_BT: Tensor, value_BT: Tensor, batch: Experience
-    ) -> dict[str, Mean]:
+    def _seen(self, logp_BT: Tensor, entropy_BT: Tensor, value_BT: Tensor, batch: Experience) -> dict[str, Mean]:
         """Metrics of one micro-batch, over its answer tokens (value metrics over its value tokens)."""
         mask_BT, value_mask_BT = batch.action_BT, batch.value_mask_BT
         change = (logp_BT - batch.logp_BT)[mask_BT]
@@ -189,9 +185,7 @@ class Algorithm(Choice):
             "policy/entropy_avg": Mean(entropy_BT[mask_BT].sum(), tokens),
             "val/ratio": Mean(ratio.sum(), tokens),
             "val/ratio_var": Mean((ratio - 1.0).square().sum(), tokens),
-            "val/clipfrac_avg": Mean(
-                ((moved - returns).square() > (value - returns).square()).float().sum(), values
-            ),
+            "val/clipfrac_avg": Mean(((moved - returns).square() > (value - returns).square()).float().sum(), values),
         }
 
 

@@ -42,8 +42,8 @@ class Algorithm(Choice):
         score_BK = batch.place(cast.scores("reward", answers))
         terms = {"loss": Term(self._preference(score_BK, batch).sum(), per="rows")}
         if self.center_rewards_coefficient:
-            sums_B = (score_BK * batch.present_BK).sum(-1)
-            terms["loss/center"] = Term(sums_B.square().sum(), "rows", self.center_rewards_coefficient)
+            squared_B = losses.centring(score_BK, batch.present_BK)
+            terms["loss/center"] = Term(squared_B.sum(), "rows", self.center_rewards_coefficient)
         if self.language_loss_coefficient:
             nll_RT = losses.cross_entropy(cast.logp("reward", answers), answers.action_BT)
             terms["loss/language"] = Term(nll_RT.sum(), "tokens", self.language_loss_coefficient)
