@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from palate import credit, losses, optim
+from palate.algorithms import ppo
 from palate.batches import Tokens
 from palate.data.queries import books_query, left_pad, tldr_query
 from palate.evaluation.win_rate import preferred
@@ -228,8 +229,6 @@ def test_minibatches_are_slices_of_a_permutation(case: dict[str, Any]) -> None:
 
 @claims("seeds_and_sizes")
 def test_batch_algebra_and_seeds(case: dict[str, Any]) -> None:
-    from palate.algorithms import ppo
-
     expected, ranks = case["outputs"], 8
     asked = ppo.Algorithm()
     assert optim.updates(1_000_000, expected["lmhp"]["batch"]) == expected["lmhp"]["updates"]

@@ -226,8 +226,7 @@ def check_kl(formula: Callable[[float], float]) -> Callable[[Formula], None]:
 
 
 def siblings(reward: Sequence[float], row: int, group: int) -> list[float]:
-    start = row // group * group
-    return list(reward[start : start + group])
+    return list(reward[row // group * group :][:group])
 
 
 def check_within_group(within_group: Formula) -> None:
