@@ -57,7 +57,7 @@ def _command() -> str:
     return shlex.join(["palate", *sys.argv[1:]])
 
 
-@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="palate", message="palate %(version)s")
 def main() -> None:
     """Teach a language model taste: SFT, reward models, PPO, evaluation, and the report.
