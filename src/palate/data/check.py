@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from palate.data.encode import Encoding, encode_demonstrations, encode_rankings
+from palate.data.encode import Encoding, begins_by_itself, trained_counts
 from palate.data.segments import Speaker
 from palate.data.source import Data, Reading, read_part
 from palate.randomness import key
 from palate.records import (
     Correction,
     Demonstration,
+    Message,
     Ranking,
     Rated,
     Record,
@@ -113,7 +114,7 @@ def check(
         prompt_lengths=_quantiles(prompt_lengths),
         answer_lengths=_quantiles([n for lengths in answers for n in lengths]),
         over_long=float(np.mean([n > max_length for n in long])) if max_length and long else None,
-        double_bos=None if tokenizer is None else sum(_spells_bos(r, tokenizer) for r in records),
+        double_bos=None if tokenizer is None else _doubled(records, tokenizer),
         untrained=None if tokenizer is None else _untrained(records, tokenizer, max_length),
         notes=tuple(found.notes),
         faults=tuple(str(f) for f in found.faults[:5]),
@@ -226,27 +227,24 @@ def _quantiles(lengths: Sequence[int]) -> dict[str, float]:
     return {n: float(v) for n, v in zip(names, np.quantile(lengths, _QUANTILES), strict=True)}
 
 
-def _spells_bos(record: Record, tokenizer: Speaker) -> bool:
-    """A text that already begins with the begin token, to which a template or tokenizer adds another."""
+def _doubled(records: Sequence[Record], tokenizer: Speaker) -> int:
+    """Records whose text spells the begin token where the tokenizer or the template would put another."""
     if tokenizer.bos is None:
-        return False
+        return 0
     bos = tokenizer.decode([tokenizer.bos], skip_special=False)
-    return any(_said(text).lstrip().startswith(bos) for text in (record.prompt, *_answers(record)))
+    templated = tokenizer.render([Message("user", "a")], True).startswith(bos)
+
+    def double(text: Text) -> bool:
+        said = _said(text).lstrip()
+        added = begins_by_itself(tokenizer) or (templated and not isinstance(text, str))
+        return said.startswith(bos if added else bos + bos)
+
+    return sum(any(double(text) for text in (record.prompt, *_answers(record))) for record in records)
 
 
 def _untrained(records: Sequence[Record], tokenizer: Speaker, max_length: int | None) -> float | None:
     """Share of demonstrations and rankings that would be left out for want of a trained token."""
     encoding = Encoding(max_length=max_length, eos=tokenizer.eos is not None)
-    lost, total = 0, 0
-    for kind, encode in ((Demonstration, encode_demonstrations), (Ranking, encode_rankings)):
-        ours = [r for r in records if isinstance(r, kind)]
-        total += len(ours)
-        lost += sum(not _trains(encode, r, tokenizer, encoding) for r in ours)
-    return lost / total if total else None
-
-
-def _trains(encode: Any, record: Record, tokenizer: Speaker, encoding: Encoding) -> bool:
-    try:
-        return bool(encode([record], tokenizer, encoding).rows)
-    except PalateError:
-        return False
+    ours = [r for r in records if isinstance(r, Demonstration | Ranking)]
+    counts = trained_counts(ours, tokenizer, encoding)
+    return counts.count(0) / len(counts) if counts else None

@@ -143,6 +143,21 @@ def encode_prompts(
     return _each(records, one)
 
 
+def trained_counts(
+    records: Iterable[Record], speaker: Speaker, encoding: Encoding, context: int | None = None
+) -> list[int]:
+    """Trained tokens of each demonstration or ranking (of its poorest answer); 0 where it would be left out."""
+    encoder = _Encoder(speaker, encoding, context)
+    counts: list[int] = []
+    for record in records:
+        try:
+            rows = encoder.ranking(record).rows if isinstance(record, Ranking) else [encoder.demonstration(record)]
+            counts.append(min(sum(row.trained) for row in rows))
+        except (_LeftOut, PalateError):
+            counts.append(0)
+    return counts
+
+
 def _each(records: Iterable[Record], encode: Callable[[Record], R]) -> Encoded[R]:
     rows: list[R] = []
     left_out: Counter[str] = Counter()
@@ -169,7 +184,7 @@ class _Encoder:
         self.encoding = encoding
         self.longest = _least(encoding.max_length, context)
         self.longest_prompt = encoding.max_prompt_length
-        self.begins = encoding.bos if encoding.bos is not None else _begins_by_itself(speaker)
+        self.begins = encoding.bos if encoding.bos is not None else begins_by_itself(speaker)
         self._chat: Chat | None = None
         if encoding.bos and speaker.bos is None:
             raise PalateError("encoding.bos: this tokenizer has no begin token. Leave the setting out.")
@@ -351,7 +366,7 @@ class _Encoder:
         return TokenRow(tokens, trained)
 
 
-def _begins_by_itself(speaker: Speaker) -> bool:
+def begins_by_itself(speaker: Speaker) -> bool:
     """Whether the tokenizer puts its begin token first when asked for special tokens: what it was pretrained with."""
     own = speaker.inner("", add_special_tokens=True)["input_ids"]
     return speaker.bos is not None and list(own[:1]) == [speaker.bos]
@@ -362,4 +377,5 @@ def _least(*limits: int | None) -> int | None:
 
 
 def _called(record: Record) -> str:
-    return {"Prompt": "a prompt without an answer"}.get(type(record).__name__, f"a {type(record).__name__.lower()}")
+    name = type(record).__name__.lower()
+    return "a prompt without an answer" if name == "prompt" else f"{'an' if name[0] in 'aeiou' else 'a'} {name} record"

@@ -83,6 +83,7 @@ def _has_picture(row: Columns) -> bool:
 
 _TALK = trl.CONVERSATION
 _EXTRA = ("group", "tree", "images", "tools", "system")
+_ASKED = ("input", "history", "system")
 _PAIR = (*_EXTRA, *trl.MARGINS)
 
 FORMATS: tuple[Format, ...] = (
@@ -109,17 +110,32 @@ FORMATS: tuple[Format, ...] = (
     Format("rated", _one("prompt", "completion", "rating"), trl.rated, _EXTRA),
     Format("correction", _one("prompt", "original", "corrected"), trl.correction, (*_EXTRA, "spans")),
     Format(
-        "alpaca", _one("instruction", "output"), instruct.alpaca, ("input", "history"), lambda row: not _is_list(row)
+        "alpaca",
+        _one("instruction", "output"),
+        instruct.alpaca,
+        _ASKED,
+        lambda row: not _is_list(row),
     ),
-    Format("instruction", _one("instruction"), instruct.instruction, ("input", "history", "system")),
+    Format("instruction", _one("instruction"), instruct.instruction, _ASKED),
     Format(
         "alpaca_preference",
         _one("instruction", "chosen", "rejected"),
         instruct.alpaca_preference,
-        ("input", "output", "history", *_PAIR),
+        (*_ASKED, "output", *_PAIR),
     ),
-    Format("alpaca_ranking", _one("instruction", "output"), instruct.alpaca_ranking, ("input", "history"), _is_list),
-    Format("alpaca_eval", _one("instruction", "output_2", "preference"), instruct.alpaca_eval, ("output_1",)),
+    Format(
+        "alpaca_ranking",
+        _one("instruction", "output"),
+        instruct.alpaca_ranking,
+        _ASKED,
+        _is_list,
+    ),
+    Format(
+        "alpaca_eval",
+        _one("instruction", "output_2", "preference"),
+        instruct.alpaca_eval,
+        ("output_1", *_ASKED),
+    ),
     Format("question_answer", _one("question", "answer"), instruct.question_answer),
     Format("seed_tasks", _one("instruction", "instances"), instruct.seed_tasks),
     Format("summary_sentences", _one("source", "target"), instruct.summary_sentences),
@@ -194,15 +210,22 @@ def read_rows(
 ) -> Iterator[tuple[Format, Record]]:
     """Records of all rows with their format, which the first row decides when `name` is auto.
 
-    A faulty row raises PalateError; with a list given, its error is put there and reading goes on.
+    A faulty row raises PalateError; with a list given, its error is put there and reading goes on. Where the file
+    itself cannot be read further, reading ends.
     """
     chosen = None if name == "auto" else named(name)
-    for row in rows:
+    source = iter(rows)
+    while True:
         try:
+            row = next(source, None)
+            if row is None:
+                return
             chosen = chosen or detect(row)
-            for record in list(chosen.read(row)):
-                yield chosen, record
+            found = list(chosen.read(row))
         except PalateError as fault:
             if faults is None:
                 raise
             faults.append(fault)
+            continue
+        for record in found:
+            yield chosen, record
