@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
 from palate.models.trunk import Trunk, position_ids
 from palate.settings import PalateError
-from torch import nn
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "ppo_details.json"
 ENCODER = {"intermediate_size": 48, "is_decoder": False}

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from palate.models.lora import adapted, adapter_names, attach, target_paths
+from palate.models.lora import adapted, adapter_names, attach, freeze_trunk, target_paths
 from palate.settings import PalateError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -83,11 +83,8 @@ def load_adapter(model: PreTrainedModel, name: str, folder: Path) -> None:
     paths = sorted({key.removeprefix(_PREFIX).rpartition(".lora_")[0] for key in tensors})
     for path in paths:
         if path not in known:
-            raise PalateError(
-                f"{folder}: the adapter is for a layer {path!r} that this model lacks. Load its own base."
-            )
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+            raise PalateError(f"{folder}: the adapter wants a layer {path!r} that is not here. Load its own base.")
+    freeze_trunk(model)
     for path in paths:
         low_rank = attach(model, path, name, rank, scale)
         for part, parameter in (("A", low_rank.a), ("B", low_rank.b)):

@@ -113,8 +113,8 @@ def _save_judge(folder: Path, trunk: Trunk, tokenizer: Tokenizer, head: ScalarHe
         "role": "reward",
         "head": head.kind,
         "trained": head.trained,
-        "gain": float(head.gain),
-        "bias": float(head.bias),
+        "gain": float(head.gain.detach()),
+        "bias": float(head.bias.detach()),
         "reads": "the last real token: score = gain * head(hidden) + bias",
     }
     (folder / HEAD_NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
@@ -145,7 +145,11 @@ def _readme(card: Card, trunk: Trunk, head: ScalarHead | None) -> str:
     size = sum(p.numel() for p in trunk.base.parameters())
     lines += [f"A {trunk.family} {role} of {size:,} parameters, trained with palate from `{card.base}`. {card.made_by}"]
     if head is not None:
-        lines += ["", f"Score = {float(head.gain):.6g} × head(last token) + {float(head.bias):.6g}.", ""]
+        lines += [
+            "",
+            f"Score = {float(head.gain.detach()):.6g} × head(last token) + {float(head.bias.detach()):.6g}.",
+            "",
+        ]
         lines += ["`palate` reads it exactly; transformers' sequence classifier gives the score without the bias."]
     lines += _table("Data", ("data set", "hash"), card.data)
     lines += _table("Metrics", ("metric", "value"), {k: f"{v:.6g}" for k, v in card.metrics.items()})
