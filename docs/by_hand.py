@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from palate.randomness import key, permutation, uniforms
-from palate.records import Prompt
+from palate.records import fingerprint
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,10 @@ def minibatch_loss(episodes: list[Episode], policy: nn.Module, critic: Critic, r
     return total / tokens
 
 
-def train(folder: str, prompts: list[str], reward: Callable[[str, str], float], r: Recipe) -> list[dict[str, float]]:
-    """The whole of PPO. Returns one row of numbers per iteration: score, KL, loss of the first minibatch."""
+def train(
+    folder: str, prompts: list[str], reward: Callable[[str, str], float], r: Recipe
+) -> tuple[nn.Module, list[dict[str, float]]]:
+    """The whole of PPO. Returns the trained policy and one row of numbers per iteration."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()  # eval: no dropout (detail 14)
     reference = copy.deepcopy(policy).requires_grad_(False)
@@ -144,7 +146,7 @@ def train(folder: str, prompts: list[str], reward: Callable[[str, str], float], 
         episodes = []
         for i in order[place * r.answers : (place + 1) * r.answers]:
             prompt = tokenizer.encode(prompts[i], add_special_tokens=False)
-            die = key(r.seed, "ppo", number, Prompt(prompts[i]).key, 0, "sample")
+            die = key(r.seed, "ppo", number, fingerprint(prompt), 0, "sample")
             tokens_T = sample(policy, prompt, die, tokenizer.eos_token_id, r)
             text = tokenizer.decode(tokens_T[len(prompt) :], skip_special_tokens=True)
             score = reward(prompts[i], text)
@@ -164,7 +166,7 @@ def train(folder: str, prompts: list[str], reward: Callable[[str, str], float], 
         kl = float(np.mean([e.kl.sum().item() for e in episodes]))
         history.append({"objective/scores": score, "objective/kl": kl, "loss": losses[-1]})
         print(f"iteration {number}: score {score:.4f}  kl {kl:.4f}  loss {losses[0]:+.4f} → {losses[-1]:+.4f}")
-    return history
+    return policy, history
 
 
 if __name__ == "__main__":
