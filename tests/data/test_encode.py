@@ -177,6 +177,21 @@ def test_prompts_of_plain_texts():
         encode_prompts(texts, TOKENIZER, Encoding(query_length=3, query_start="zq"))
 
 
+def test_a_query_stands_in_its_format_fresh_or_stored():
+    encoding = Encoding(query_length=3, query_format="read: {query} TL;DR:")
+    sides = TOKENIZER.encode("read: "), TOKENIZER.encode(" TL;DR:")
+    text = Demonstration("", completion="the soup. the bread is old. no")
+    (fresh,) = encode_prompts([text], TOKENIZER, encoding).rows
+    assert fresh.tokens == [*sides[0], *TOKENIZER.encode(text.completion)[:3], *sides[1]]
+    columns = {"prompt_tokens": [5, 6], "completion_tokens": [[7], [9, 10]]}
+    label = Ranking("#5 #6", columns, completions=("#7", "#9 #10"), ranks=(0, 1))
+    (asked,), (ranked,) = (encode([label], TOKENIZER, encoding).rows for encode in (encode_prompts, encode_rankings))
+    assert asked.tokens == [*sides[0], 5, 6, *sides[1]]
+    assert [row.tokens for row in ranked.rows] == [[*asked.tokens, 7], [*asked.tokens, 9, 10]]
+    with pytest.raises(ValueError, match="query_format"):
+        Encoding(query_format="TL;DR:")
+
+
 def test_prompts_that_come_again_have_keys_of_their_own():
     rows = encode_prompts([Prompt("a", {"n": 1}), Prompt("b"), Prompt("a")], TOKENIZER, Encoding()).rows
     assert len({row.key for row in rows}) == 3

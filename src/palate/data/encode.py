@@ -55,6 +55,9 @@ class Encoding(Settings):
     query_end: str | None = None
     """Such a prompt ends with the last token spelled like this; texts without it are skipped."""
 
+    query_format: str = Field(default="{query}", pattern=r"\{query\}")
+    """What stands around such a prompt, and around one stored as token ids: `{query}\\n\\nTL;DR:`."""
+
 
 @dataclass(frozen=True)
 class TokenRow:
@@ -219,7 +222,7 @@ class _Encoder:
         if not isinstance(record, Ranking):
             raise PalateError(f"expected ranked answers, got {_called(record)}. Name data of another format.")
         if "completion_tokens" in record.columns:
-            stored = record.columns["prompt_tokens"]
+            stored = self._framed(record.columns["prompt_tokens"])
             answers = [self._stored(stored, ids) for ids in record.columns["completion_tokens"]]
         else:
             answers = [self._answer(record.prompt, c) for c in record.completions]
@@ -233,7 +236,7 @@ class _Encoder:
     def prompt(self, record: Prompt) -> tuple[list[int], str]:
         """(ids, readable text) of a record's prompt, the same ids its training row begins with."""
         if "prompt_tokens" in record.columns:
-            tokens = self._known(record.columns["prompt_tokens"])
+            tokens = self._framed(self._known(record.columns["prompt_tokens"]))
             return self._fit_prompt(tokens, "")[0], self.speaker.decode(tokens)
         if record.prompt:
             segments = [Segment(record.prompt)] if isinstance(record.prompt, str) else self.chat.prompt(record.prompt)
@@ -250,7 +253,12 @@ class _Encoder:
         kept = cut_sentence(self.encode(text), length, start, end)
         if not kept:
             raise _LeftOut("texts without a place to begin or end a prompt")
-        return self._fit_prompt(self._begun(kept), "")[0]
+        return self._fit_prompt(self._begun(self._framed(kept)), "")[0]
+
+    def _framed(self, query: list[int]) -> list[int]:
+        """A query's tokens between those of the two sides of `query_format`."""
+        before, _, after = self.encoding.query_format.partition("{query}")
+        return [*self.encode(before), *query, *self.encode(after)]
 
     def _mark(self, spelled: str | None) -> int | None:
         if spelled is None:
