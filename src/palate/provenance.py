@@ -176,7 +176,10 @@ def _items(value: Any) -> list[tuple[str, Any]]:
 
 
 def _scalar(value: Any) -> str:
-    """One value, or a list of plain ones, on one line of YAML."""
-    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**9, sort_keys=False)
+    """One value, or a list of plain ones, on one line of YAML; what cannot be printed is escaped."""
+    width = 10**9  # never folded
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=width, sort_keys=False)
     text = text.removesuffix("\n").removesuffix("\n...")
-    return json.dumps(value, ensure_ascii=False) if "\n" in text else text
+    if text.isprintable():
+        return text
+    return yaml.safe_dump(value, default_flow_style=True, default_style='"', width=width, sort_keys=False).strip()
