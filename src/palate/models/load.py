@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -150,7 +151,7 @@ def _explained(path: str, how: Loading) -> Generator[None]:
     """transformers' own faults as one message. They come as many types, all of them about `path`."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError) as fault:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError) as fault:
         first = str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
         if Path(path).expanduser().exists():
             raise PalateError(f"{path}: the model cannot be loaded: {first}. Check the folder's files.") from None
@@ -178,7 +179,10 @@ def _model(path: str, folder: Path, use: Use, how: Loading) -> tuple[PreTrainedM
     if how.make_causal:
         config.is_decoder = True
     kind = str((getattr(config, "architectures", None) or [""])[0])
-    if kind.endswith("ForSequenceClassification") and use != "policy" and not (folder / HEAD_NOTE).exists():
+    judges = kind.endswith("ForSequenceClassification") or (folder / HEAD_NOTE).exists()
+    if use == "policy" and judges:  # with tied embeddings its missing head would be filled in unnoticed
+        raise PalateError(f"{path}: a reward model cannot be a policy. Give the folder of a language model.")
+    if kind.endswith("ForSequenceClassification") and not (folder / HEAD_NOTE).exists():
         return _classifier(path, config, how)
     speaks = use == "policy" or (use == "trunk" and kind.endswith(("ForCausalLM", "LMHeadModel")))
     if use == "policy" and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -214,7 +218,7 @@ def _weights(path: str, door: Any, config: Any, how: Loading) -> PreTrainedModel
     if missing:
         raise PalateError(
             f"{path}: {len(missing)} weights are not in its files, for example {missing[0]}; they would be random. "
-            "A reward model cannot be a policy, and an incomplete folder cannot be either."
+            "Give the folder as save_pretrained wrote it."
         )
     return model
 
