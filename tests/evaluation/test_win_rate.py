@@ -8,9 +8,7 @@ import pytest
 
 from palate.evaluation.win_rate import gain, preferred, win_rate
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "ppo_details.json").read_text())[
-    "judge_label_mapping"
-]
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "ppo_details.json").read_text())["judge_label_mapping"]
 
 
 def test_judge_label_mapping_of_the_golden_file():

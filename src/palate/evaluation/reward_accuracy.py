@@ -111,15 +111,6 @@ def agreement(difference_N: NDArray[np.float64]) -> NDArray[np.float64]:
     return (np.sign(difference_N) + 1) / 2
 
 
-def bayes_ceiling(gold_N: NDArray[np.float64], temperature: float) -> float:
-    """The accuracy nobody can beat on Bradley–Terry labels: mean σ(|Δu| / temperature) over pairs.
-
-    A rater picks the truly better answer with that probability, so an oracle that always names it is right
-    as often.
-    """
-    return float((1 / (1 + np.exp(-np.abs(gold_N) / temperature))).mean())
-
-
 def reward_accuracy(
     pairs: Pairs,
     ceiling: float | None = None,
