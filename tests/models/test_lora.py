@@ -126,7 +126,7 @@ def test_targets_are_chosen_by_name(build):
 
 def test_unknown_targets_and_taken_names_are_refused(build):
     model = build("llama")
-    with pytest.raises(PalateError, match="called 'q_prj'. Did you mean 'q_proj'"):
+    with pytest.raises(PalateError, match=r"called 'q_prj'. Did you mean 'q_proj'"):
         add_adapter(model, "policy", 4, 8.0, ("q_prj",), 1)
     add_adapter(model, "policy", 4, 8.0, "all-linear", 1)
     with pytest.raises(PalateError, match="already has one of that name"):

@@ -69,7 +69,7 @@ def test_we_read_pefts(build, family, rslora, tmp_path):
 
 def test_what_cannot_be_read_is_refused_with_the_reason(build, tmp_path):
     model = build("llama")
-    with pytest.raises(PalateError, match="adapter_config.json: cannot be read"):
+    with pytest.raises(PalateError, match=r"adapter_config.json: cannot be read"):
         load_adapter(model, "policy", tmp_path)
     (tmp_path / CONFIG).write_text('{"peft_type": "PREFIX_TUNING"}')
     with pytest.raises(PalateError, match="PREFIX_TUNING adapters are not read"):
@@ -87,7 +87,7 @@ def test_an_adapter_of_another_model_is_refused(build, tmp_path):
     model = build("llama")
     add_adapter(model, "policy", 4, 8.0, "all-linear", 1)
     save_adapter(model, "policy", tmp_path, "base")
-    with pytest.raises(PalateError, match="wants a layer 'model.layers.0"):
+    with pytest.raises(PalateError, match=r"wants a layer 'model.layers.0"):
         load_adapter(build("gpt2"), "policy", tmp_path)
     with pytest.raises(PalateError, match="Load the base that the adapter was trained on"):
         load_adapter(build("llama", hidden_size=64), "policy", tmp_path)

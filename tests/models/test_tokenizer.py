@@ -40,7 +40,7 @@ def test_training_twice_gives_the_same_tokenizer():
 
 
 def test_a_vocabulary_below_the_bytes_is_refused():
-    with pytest.raises(PalateError, match="vocabulary: 100 is too small.*at least 259"):
+    with pytest.raises(PalateError, match=r"vocabulary: 100 is too small.*at least 259"):
         train_bpe(TEXTS, 100)
 
 
@@ -80,7 +80,7 @@ def test_without_an_end_token_a_policy_is_told_what_to_do():
     other.inner.eos_token = None
     bare = Tokenizer(other.inner)
     assert bare.eos is None
-    with pytest.raises(PalateError, match="no end-of-sequence token.*end_token"):
+    with pytest.raises(PalateError, match=r"no end-of-sequence token.*end_token"):
         _ = bare.end
 
 
