@@ -96,9 +96,10 @@ def answers_of(
     """
     owner = cast(list[int], rollouts.prompt_B.tolist())
     names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+    near = rollouts.to(torch.device("cpu"))  # one copy instead of one per row
     return Answers(
         prompts=[prompts[p].text for p in owner],
-        completions=[_text(rollouts, row, tokenizer) for row in range(rollouts.size)],
+        completions=[_text(near, row, tokenizer) for row in range(near.size)],
         columns={name: [prompts[p].columns.get(name) for p in owner] for name in names},
         rollouts=rollouts,
         tokenizer=tokenizer,
@@ -180,3 +181,17 @@ def stages_read(reward: Scorer) -> list[str]:
 
     resolve(reward, remember)
     return names
+
+
+def models_read(reward: Scorer) -> list[str]:
+    """Every model a reward reads (folders, hub ids, stage:NAME): the values of its fields called `model`."""
+    if not isinstance(reward, Choice):
+        return []
+    found: list[str] = []
+    for name in type(reward).model_fields:
+        value = getattr(reward, name)
+        if name == "model":
+            found.append(str(value))
+        inside = cast(tuple[Any, ...], value) if isinstance(value, tuple) else (value,)
+        found += [model for one in inside if isinstance(one, Scorer) for model in models_read(one)]
+    return found
