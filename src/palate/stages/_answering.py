@@ -59,7 +59,8 @@ class Asking:
         prompts = self._prompts(here, model)
         rollouts = self._rollouts(here, model, prompts)
         judged = self._cut(rollouts, model.tokenizer)
-        answers = answers_of(judged, prompts, model.tokenizer, [r.prompt for r in self.records])
+        asked = [record.prompt or prompt.text for record, prompt in zip(self.records, prompts, strict=True)]
+        answers = answers_of(judged, prompts, model.tokenizer, asked)
         return Said(
             prompts=answers.prompts,
             completions=answers.completions,
@@ -98,7 +99,9 @@ class Asking:
 
 
 def _as_prompt(record: Record) -> Prompt:
-    """The prompt alone; a demonstrated answer goes along as a column."""
+    """The prompt alone; a demonstrated answer goes along as a column. Of a plain text the encoding makes a prompt."""
+    if not record.prompt:
+        return record
     columns = dict(record.columns)
     if isinstance(record, Demonstration) and record.completion:
         columns.setdefault(REFERENCE, text_of(record.completion))
