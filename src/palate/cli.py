@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 import click
 
 F = TypeVar("F", bound=Callable[..., Any])
-_SETTINGS: dict[str, Any] = {"ignore_unknown_options": True, "help_option_names": ["-h", "--help"]}
+_HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+_SETTINGS: dict[str, Any] = {**_HELP, "ignore_unknown_options": True}
 
 
 class _Verbs(click.Group):
@@ -31,6 +32,25 @@ class _Verbs(click.Group):
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise click.UsageError(f"no verb is called {args[0]!r}.{hint} Known: {', '.join(self.commands)}.", ctx)
         return super().resolve_command(ctx, args)
+
+
+class _StageVerb(click.Command):
+    """A verb that runs one stage: its help ends with that stage's settings, read without importing it."""
+
+    def __init__(self, *args: Any, stage: str, algorithm: str | None = None, **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.stage, self.algorithm = stage, algorithm
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from palate.manual import entries
+
+        sources = [("stages", self.stage, "Stage")]
+        if self.algorithm is not None:
+            sources.append(("algorithms", self.algorithm, "Algorithm"))
+        for source in sources:
+            rows = [(f"{e.name}={e.default}" if e.default else e.name, e.meaning) for e in entries(*source)]
+            with formatter.section(f"Settings of the {source[2].lower()}"):
+                formatter.write_dl(rows, col_max=40)
 
 
 def _told(verb: F) -> F:
@@ -57,7 +77,7 @@ def _command() -> str:
     return shlex.join(["palate", *sys.argv[1:]])
 
 
-@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=_Verbs, context_settings=_HELP)
 @click.version_option(package_name="palate", message="palate %(version)s")
 def main() -> None:
     """Teach a language model taste: SFT, reward models, PPO, evaluation, and the report.
@@ -127,13 +147,13 @@ def _one_stage(kind: str, name: str, algorithm: str | None, words: Sequence[str]
         raise settings.PalateError(f"{files[-1]}: this file has stages of its own. Use `palate run {files[-1]}`.")
     placed = [shape.place(a) for a in assigned if not a.startswith("config=")]
     try:
-        planned = plan(shape.given(flat), placed)
+        planned = plan(shape.given(flat), placed, source="file" if files else "command line")
     except settings.PalateError as fault:  # the user never wrote the place that the settings were put in
         raise settings.PalateError(str(fault).replace(f"{STAGE}.", "").replace(f"{STAGE}: ", "")) from None
     _execute(planned)
 
 
-@main.command("sft", context_settings=_SETTINGS)
+@main.command("sft", cls=_StageVerb, stage="train", algorithm="sft", context_settings=_SETTINGS)
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[key=value ...]")
 @_told
 def sft_verb(words: Sequence[str]) -> None:
@@ -147,7 +167,7 @@ def sft_verb(words: Sequence[str]) -> None:
     _one_stage("train", "sft", "sft", words)
 
 
-@main.command("reward", context_settings=_SETTINGS)
+@main.command("reward", cls=_StageVerb, stage="train", algorithm="reward", context_settings=_SETTINGS)
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[key=value ...]")
 @_told
 def reward_verb(words: Sequence[str]) -> None:
@@ -161,7 +181,7 @@ def reward_verb(words: Sequence[str]) -> None:
     _one_stage("train", "reward", "reward", words)
 
 
-@main.command("ppo", context_settings=_SETTINGS)
+@main.command("ppo", cls=_StageVerb, stage="online", algorithm="ppo", context_settings=_SETTINGS)
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[key=value ...]")
 @_told
 def ppo_verb(words: Sequence[str]) -> None:
@@ -177,7 +197,7 @@ def ppo_verb(words: Sequence[str]) -> None:
     _one_stage("online", "ppo", "ppo", words)
 
 
-@main.command("evaluate", context_settings=_SETTINGS)
+@main.command("evaluate", cls=_StageVerb, stage="evaluate", context_settings=_SETTINGS)
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[key=value ...]")
 @_told
 def evaluate_verb(words: Sequence[str]) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,17 +63,27 @@ def next_steps(outcome: Outcome, plan: Plan) -> list[str]:
 
 
 def _ideas(outcome: Outcome, plan: Plan) -> Iterator[str]:
-    prompts = _a_prompt(outcome)
-    if any((stage.folder / "model").is_dir() for stage in outcome.stages):
-        yield f"talk to it:           palate generate model={outcome.folder} prompt={prompts!r}"
-    yield f"read the samples:     less {outcome.stages[-1].folder / 'samples.jsonl'}"
-    yield f"see every setting:    less {outcome.folder / 'resolved.yaml'}"
-    yield f"another seed:         the same command with seed={plan.experiment.seed + 1} name={plan.experiment.name}-2"
+    speakers = [stage for stage in outcome.stages if _speaks(stage.folder / "model")]
+    sampled = [stage for stage in outcome.stages if (stage.folder / "samples.jsonl").exists()]
+    if speakers:
+        prompt = shlex.quote(_a_prompt(sampled))
+        yield f"talk to it:        palate generate model={speakers[-1].folder / 'model'} prompt={prompt}"
+    if sampled:
+        yield f"read its samples:  less {sampled[-1].folder / 'samples.jsonl'}"
+    name = plan.experiment.name
+    yield f"try another seed:  the same command with seed={plan.experiment.seed + 1} name={name}-2"
+    yield f"see each setting:  less {outcome.folder / 'resolved.yaml'}"
+    yield f"see what numbers mean:  palate list metrics  (they are in {outcome.stages[-1].folder / 'metrics.jsonl'})"
 
 
-def _a_prompt(outcome: Outcome) -> str:
+def _speaks(model: Path) -> bool:
+    """Whether a model folder holds a language model, not a reward model."""
+    return (model / "generation_config.json").exists()
+
+
+def _a_prompt(sampled: Sequence[StageOutcome]) -> str:
     """A prompt the model knows what to do with, from the samples of the run."""
-    for stage in reversed(outcome.stages):
+    for stage in reversed(sampled):
         for row in JsonLines(stage.folder / "samples.jsonl").read()[:1]:
             if isinstance(row.get("prompt"), str):
                 return str(row["prompt"])

@@ -50,7 +50,8 @@ class Trained:
         prompt, seed and settings give the same answer, whatever the other prompts are.
         """
         listed = [prompts] if isinstance(prompts, str) else list(prompts)
-        how = parse(Sampling, {**self._sampling.model_dump(), **sampling}, "sampling")
+        longest = {"max_new_tokens": min(self._sampling.max_new_tokens, max(self.loaded.trunk.context // 2, 1))}
+        how = parse(Sampling, {**self._sampling.model_dump(), **longest, **sampling}, "sampling")
         return answers(self.loaded, [_text(p) for p in listed], how, seed, greedy)
 
     def save_pretrained(self, folder: str | Path) -> Path:

@@ -74,9 +74,9 @@ class OneStage:
 
 
 def _groups(stage: type[BaseModel]) -> Iterator[tuple[str, type[Settings]]]:
-    """The groups of settings of a stage that have fixed fields."""
+    """The groups of settings of a stage; what may also be a plain text, like a model's folder, is no group."""
     for name, field in stage.model_fields.items():
-        for kind in (field.annotation, *get_args(field.annotation)):
+        for kind in {field.annotation, *get_args(field.annotation)} if str not in get_args(field.annotation) else ():
             if isinstance(kind, type) and issubclass(kind, Settings) and len(kind.model_fields) > 1:
                 yield name, kind
 

@@ -113,16 +113,15 @@ class Origins:
 
     def of(self, path: Sequence[str], resolved: Any) -> str:
         """`command line`, the name of the source, or `default`, for the value found at a path."""
-        if any(list(path[: len(a)]) == a for a in self.assigned):
-            return "command line"
+        source = "command line" if any(list(path[: len(a)]) == a for a in self.assigned) else self.source
         value: Any = self.given
         for part in path:
             if not isinstance(value, dict | list):  # a short form, like a path instead of a mapping, filled in
-                return self.source if value == resolved else "default"
+                return source if value == resolved else "default"
             value = _at(value, part)
             if value is _ABSENT:
                 return "default"
-        return self.source
+        return source
 
 
 def _at(value: Any, part: str) -> Any:
