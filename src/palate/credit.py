@@ -18,8 +18,7 @@ from palate.settings import PalateError
 
 
 def gae(reward_BT: Tensor, value_BT: Tensor, mask_BT: Tensor | None, gamma: float, lam: float) -> Tensor:
-    """Generalised advantage estimates Â_t = Σ_k (γλ)^k δ_{t+k}, δ_t = r_t + γV_{t+1} − V_t. Schulman et al. 2016, eq.
-    16.
+    """Advantages Â_t = Σ_k (γλ)^k δ_{t+k} with δ_t = r_t + γV_{t+1} − V_t. GAE, Schulman et al. 2016, eq. 16.
 
     Time is counted in the cells of the mask: the successor of a cell is the next one inside, wherever the mask starts
     and whatever gaps it has; after the last one the value is 0 (the answer is over). Cells outside get 0. Returns are
