@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +20,29 @@ HOSTILE = "</blockquote><script>document.title = 'stolen'</script><img src=x one
 STEPS = 120
 
 
+@pytest.fixture(scope="session")
+def whole_runs(tmp_path_factory):
+    """Two whole runs, written once: a good one and one whose proxy was over-optimised."""
+    folders = {}
+    for hacked in (False, True):
+        folders[hacked] = tmp_path_factory.mktemp("runs")
+        for number, (stage, write) in enumerate(WRITERS.items(), 1):
+            write(folders[hacked] / f"1-{stage}", np.random.default_rng(number), hacked)
+    return folders
+
+
 @pytest.fixture
-def write_run(tmp_path):
+def write_run(tmp_path, whole_runs):
     """A function that writes a run: `write_run(hacked=True)` for one whose proxy was over-optimised."""
 
-    def write(name="tasting_room", hacked=False, stages=("sft", "reward", "rlhf", "evaluate")):
+    def write(name="tasting_room", hacked=False, stages=tuple(WRITERS)):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "run.yaml").write_text("name: tasting_room\nseed: 1\n")
         (folder / "resolved.yaml").write_text(RESOLVED)
         (folder / "provenance.json").write_text(json.dumps(PROVENANCE))
         for number, stage in enumerate(stages, 1):
-            WRITERS[stage](folder / f"{number}-{stage}", np.random.default_rng(number), hacked)
+            shutil.copytree(whole_runs[hacked] / f"1-{stage}", folder / f"{number}-{stage}")
         return folder
 
     return write
@@ -139,6 +151,7 @@ def write_evaluate(folder, draw, hacked):
             "prompt": prompt,
             "completions": {name: rows[i][1] for name, rows in answered.items()},
             "scores": {name: {r: float(v[i]) for r, v in scores[name].items()} for name in answered},
+            "parts": {name: tasting_room.describe([rows[i]]) for name, rows in answered.items()},
         }
         for i, (prompt, _) in enumerate(answered["sft"])
     ]

@@ -156,12 +156,15 @@ def _legend(lines: Sequence[svg.Line]) -> tuple[tuple[str, str], ...]:
 
 def smooth(points: Points) -> Points:
     """A centred moving average over about a twentieth of the series; short series are left alone."""
-    if len(points) <= _RAW:
-        return points
-    reach = max(1, len(points) // 40)
+    reach = window(points) // 2
     values = [v for _, v in points]
     windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
     return [(step, sum(w) / len(w)) for (step, _), w in zip(points, windows, strict=True)]
+
+
+def window(points: Points) -> int:
+    """How many neighbouring points `smooth` averages: an odd number, 1 for short series."""
+    return 1 if len(points) <= _RAW else 2 * max(1, len(points) // 40) + 1
 
 
 def together(series: Sequence[Sequence[svg.Point]]) -> bool:
@@ -185,9 +188,9 @@ def end_of(points: Points) -> float:
 
 
 def noise_of(points: Points) -> float:
-    """How much a series wavers about its trend: the deviation of one point, from the steps between neighbours."""
+    """The deviation of one smoothed point about the trend, estimated from the steps between raw neighbours."""
     steps = [(after - before) ** 2 for (_, before), (_, after) in pairwise(points)]
-    return math.sqrt(sum(steps) / len(steps) / 2) if steps else 0.0
+    return math.sqrt(sum(steps) / len(steps) / 2 / window(points)) if steps else 0.0
 
 
 def frontier(stage: StageFolder) -> list[Figure]:

@@ -19,8 +19,8 @@ _ORDER: Mapping[Level, int] = {"alarm": 0, "warning": 1, "good": 2, "note": 3}
 
 _FALL = 0.25
 """Gold has turned when it loses this share of what it had gained at its best: less is the noise of a batch."""
-_NOISE = 4.0
-"""And by so many times what it wavers from one point to the next."""
+_NOISE = 5.0
+"""And so many deviations of a smoothed point: the best of a hundred wavering points lies two or three above."""
 _KL_FAR = 30.0
 """Nats per answer beyond which the reference hardly constrains the policy (published runs settle at 2 to 10)."""
 _KL_BELOW = -0.5
@@ -219,13 +219,14 @@ def _turned(stage: StageFolder) -> Iterator[Finding]:
 
 def turning_point(gold: Points, proxy: Points) -> tuple[float, float, float] | None:
     """(step, gold at its best, gold at the end) where gold fell after its best while the proxy rose, else None."""
+    wavers = noise_of(gold)
     gold, proxy = smooth(gold), smooth(proxy)
     if len(gold) < 5 or len(proxy) < 5:
         return None
     step, best = max(gold, key=lambda point: point[1])
     began, ended = start_of(gold), end_of(gold)
     spread = max(best - began, 0.5 * (best - min(v for _, v in gold)))
-    fell = best - ended > max(_FALL * spread, _NOISE * noise_of(gold))
+    fell = best - ended > max(_FALL * spread, _NOISE * wavers)
     proxy_then = min(proxy, key=lambda point: abs(point[0] - step))[1]
     rose = end_of(proxy) > max(proxy_then, start_of(proxy))
     return (step, best, ended) if fell and rose and step < gold[-1][0] else None

@@ -15,11 +15,15 @@ _FIRST, _EXTREME = 6, 2
 
 @dataclass(frozen=True)
 class Side:
-    """One answer to a prompt: who said it, the text, and (name, score, whether it is the best of the row)."""
+    """One answer to a prompt: who said it, the text, and (name, score, whether it is the best of the row).
+
+    `parts` are what the scores are made of, where the evaluation knows.
+    """
 
     name: str
     text: str
     scores: tuple[tuple[str, float, bool], ...]
+    parts: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,10 @@ def _sample(row: Row, why: str) -> Sample:
     completions = mapping(row, "completions")
     scores = {name: _numbers(mapping(row, "scores", name)) for name in completions}
     best = _best(list(scores.values()))
-    sides = tuple(Side(name, str(text), _marked(scores[name], best)) for name, text in completions.items())
+    sides = tuple(
+        Side(name, str(text), _marked(scores[name], best), _parts(mapping(row, "parts", name)))
+        for name, text in completions.items()
+    )
     return Sample(str(row.get("prompt", "")), why, sides)
 
 
@@ -81,6 +88,14 @@ def _single(row: Row, name: str) -> Sample:
     scores = _numbers({k: v for k, v in row.items() if k not in ("step", "prompt", "completion")})
     side = Side(name, str(row["completion"]), _marked(scores, {}))
     return Sample(str(row.get("prompt", "")), f"during training, {name}", (side,))
+
+
+_SUMMED = ("total", "distinct")
+"""Parts that say nothing of one answer: the score again, and a share over many answers."""
+
+
+def _parts(parts: Mapping[str, Any]) -> tuple[tuple[str, float], ...]:
+    return tuple((name, value) for name, value in _numbers(parts).items() if name not in _SUMMED)
 
 
 def _numbers(scores: Mapping[str, Any]) -> dict[str, float]:

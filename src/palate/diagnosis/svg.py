@@ -75,7 +75,7 @@ def short(value: float) -> str:
     for limit, letter in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
         if size >= limit:
             return _minus(f"{value / (1e3 if letter == 'k' else limit):.3g}{letter}")
-    return _minus(f"{value:.3g}" if size < 1000 else f"{value:.0f}")
+    return _minus(f"{value:.3g}" if size < 999.5 else f"{value:.0f}")
 
 
 def _minus(text: str) -> str:
