@@ -44,13 +44,14 @@ class _StageVerb(click.Command):
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         from palate.manual import entries
 
-        sources = [("stages", self.stage, "Stage")]
+        sources = {"stage": (f"stages/{self.stage}", "Stage", "name")}
         if self.algorithm is not None:
-            sources.append(("algorithms", self.algorithm, "Algorithm"))
-        for source in sources:
-            rows = [(f"{e.name}={e.default}" if e.default else e.name, e.meaning) for e in entries(*source)]
-            with formatter.section(f"Settings of the {source[2].lower()}"):
-                formatter.write_dl(rows, col_max=40)
+            sources["algorithm"] = (f"algorithms/{self.algorithm}", "Algorithm", "")
+        sources["run"] = ("run", "Experiment", "stages")
+        for what, (module, name, hidden) in sources.items():
+            shown = [e for e in entries(module, name) if e.name != hidden]
+            with formatter.section(f"Settings of the {what}"):
+                formatter.write_dl([(f"{e.name}={e.default}" if e.default else e.name, e.meaning) for e in shown], 40)
 
 
 def _told(verb: F) -> F:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 
 _PACKAGE = Path(__file__).parent
@@ -19,21 +21,20 @@ class Entry:
     meaning: str
 
 
-def entries(folder: str, kind: str, name: str) -> Iterator[Entry]:
-    """The settings of class `name` in `palate/FOLDER/KIND.py`, groups of settings opened after their own line."""
-    yield from _of_class(_PACKAGE / folder / f"{kind}.py", name, "")
+def entries(module: str, name: str) -> Iterator[Entry]:
+    """The settings of class `name` in `palate/MODULE.py`, groups of settings opened after their own line."""
+    yield from _of_class(_PACKAGE / f"{module}.py", name, "")
 
 
 def _of_class(path: Path, name: str, prefix: str) -> Iterator[Entry]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    body = next((n.body for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), [])
-    for node, following in zip(body, body[1:], strict=False):
+    body = next((n.body for n in _parsed(path).body if isinstance(n, ast.ClassDef) and n.name == name), [])
+    for node, following in pairwise(body):
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and _is_text(following)):
             continue
         if node.target.id == "kind" or ast.unparse(node.annotation).startswith("ClassVar"):
             continue
         meaning = " ".join(ast.literal_eval(ast.unparse(following)).split())
-        group = _source_of(node.annotation, tree, path)
+        group = _group(node.annotation, path)
         yield Entry(prefix + node.target.id, "" if group else _default(node.value), meaning)
         if group:
             yield from _of_class(*group, f"{prefix}{node.target.id}.")
@@ -52,24 +53,36 @@ def _default(value: ast.expr | None) -> str:
     return {"None": "none", "True": "true", "False": "false"}.get(text, text)
 
 
-def _source_of(annotation: ast.expr, tree: ast.Module, path: Path) -> tuple[Path, str] | None:
-    """File and class of a group of settings that is always a group, where it is one of ours."""
-    spelled = ast.unparse(annotation)
-    first, _, rest = spelled.partition(".")
-    if any(isinstance(node, ast.ClassDef) and node.name == spelled for node in tree.body):
-        return path, spelled
-    for node in tree.body:
+def _group(annotation: ast.expr, path: Path) -> tuple[Path, str] | None:
+    """File and class of a group of settings: an annotation that is just one of our Settings classes."""
+    first, _, rest = ast.unparse(annotation).partition(".")
+    if rest:
+        module = _imported(first, path)
+        return _defined(rest, module) if module else None
+    return _defined(first, path)
+
+
+def _defined(name: str, path: Path) -> tuple[Path, str] | None:
+    """Where a Settings class is defined that a file defines or imports by name."""
+    for node in _parsed(path).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return (path, name) if [ast.unparse(base) for base in node.bases] == ["Settings"] else None
+    source = _imported(name, path)
+    return _defined(name, source) if source else None
+
+
+def _imported(name: str, path: Path) -> Path | None:
+    """The file of our package that a file imports a name from, or imports under that name."""
+    for node in _parsed(path).body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("palate"):
             for alias in node.names:
-                if (alias.asname or alias.name) == first:
-                    module = f"{node.module}.{alias.name}" if rest else str(node.module)
-                    return _if_settings(_PACKAGE.parent.joinpath(*module.split(".")).with_suffix(".py"), rest or first)
+                if (alias.asname or alias.name) == name:
+                    module = _PACKAGE.parent.joinpath(*str(node.module).split("."))
+                    files = (module / f"{alias.name}.py", module.with_suffix(".py"))
+                    return next((file for file in files if file.is_file()), None)
     return None
 
 
-def _if_settings(path: Path, name: str) -> tuple[Path, str] | None:
-    if not path.is_file():
-        return None
-    found = (n for n in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(n, ast.ClassDef))
-    ours = any(n.name == name and [ast.unparse(b) for b in n.bases] == ["Settings"] for n in found)
-    return (path, name) if ours else None
+@cache
+def _parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
