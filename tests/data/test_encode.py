@@ -217,6 +217,8 @@ def test_records_of_another_kind_are_refused():
         encode_demonstrations([Unpaired("a", completion="b")], TOKENIZER, Encoding())
     with pytest.raises(PalateError, match="expected ranked answers, got a prompt without an answer"):
         encode_rankings([Prompt("a")], TOKENIZER, Encoding())
+    with pytest.raises(PalateError, match=r"record 0 .*half of a character"):
+        encode_demonstrations([Demonstration("a\ud800", completion="b")], TOKENIZER, Encoding())
     with pytest.raises(PalateError, match="there were none"):
         encode_demonstrations([], TOKENIZER, Encoding())
 

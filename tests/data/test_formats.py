@@ -99,6 +99,8 @@ def test_preference_whose_answers_repeat_the_prompt():
         ("今天天气好", "今天天气坏", "今天天气"),
         ("same", "same", ""),
         ("alpha", "beta", ""),
+        ("a blue", "a bl!", "a"),
+        ("a bl!", "a blue", "a"),
     ],
 )
 def test_implicit_prompt_is_the_common_prefix_in_whole_words(chosen, rejected, prompt):

@@ -183,7 +183,7 @@ class _Encoder:
 
     def __init__(self, speaker: Speaker, encoding: Encoding, context: int | None) -> None:
         self.speaker = speaker
-        self.encode = lru_cache(maxsize=256)(speaker.encode)  # the K answers of a ranking share their prompt
+        self.encode = lru_cache(maxsize=256)(self._whole)  # the K answers of a ranking share their prompt
         self.encoding = encoding
         self.longest = _least(encoding.max_length, context)
         self.longest_prompt = encoding.max_prompt_length
@@ -195,6 +195,13 @@ class _Encoder:
             raise PalateError(
                 "tokenizer: it has no end token, so no model could learn to stop. Give it one, or set eos: false."
             )
+
+    def _whole(self, text: str) -> list[int]:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise PalateError("a text holds half of a character (a lone surrogate). Write it as UTF-8 again.") from None
+        return self.speaker.encode(text)
 
     @property
     def chat(self) -> Chat:
