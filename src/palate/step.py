@@ -20,6 +20,9 @@ R = TypeVar("R", bound=Rows)
 LossFunction = Callable[[R], Loss]
 
 
+_SCHEDULES = {"constant": optim.constant, "linear": optim.linear, "cosine": optim.cosine}
+
+
 class Optimiser(Settings):
     """How weights move."""
 
@@ -42,14 +45,8 @@ class Optimiser(Settings):
 
     def rate(self, update: int, updates: int) -> float:
         """The learning rate of update `update` (from 0) out of `updates`."""
-        if update < self.warmup_steps:
-            return self.learning_rate * (update + 1) / (self.warmup_steps + 1)
-        done, span = update - self.warmup_steps, max(1, updates - self.warmup_steps)
-        if self.schedule == "linear":
-            return self.learning_rate * optim.linear(done, span)
-        if self.schedule == "cosine":
-            return self.learning_rate * optim.cosine(done, span)
-        return self.learning_rate
+        schedule = _SCHEDULES[self.schedule]
+        return self.learning_rate * optim.warmed_up(update, updates, self.warmup_steps, schedule)
 
 
 class Stepper:
@@ -77,7 +74,7 @@ class Stepper:
         Each term of the loss is a sum; it is divided here, once, by the count of its unit over all micro-batches
         and ranks. The gradient is therefore the same for any `microbatch`. Returns the averaged metrics.
         """
-        counts = {unit: self.world.sum(count) for unit, count in batch.counts().items()}
+        counts = self.world.sum(batch.counts())
         seen = _Averages()
         for part in batch.split(microbatch):
             result = loss(part.trimmed())
@@ -87,15 +84,12 @@ class Stepper:
         norm = self._clip()
         if not math.isfinite(norm):
             self.adam.zero_grad(set_to_none=True)
-            raise PalateError(
-                f"the gradient is not finite (norm {norm}); lower the learning rate or look at the data."
-            )
+            raise PalateError(f"the gradient is not finite (norm {norm}); lower the learning rate or look at the data.")
         for group in self.adam.param_groups:
             group["lr"] = rate
         self.adam.step()
         self.adam.zero_grad(set_to_none=True)
-        means = {name: self.world.mean(total, count) for name, (total, count) in seen.means.items()}
-        terms = {name: self.world.sum(value) for name, value in seen.terms.items()}
+        means, terms = self.world.sum_means(seen.means), self.world.sum(seen.terms)
         return {**means, **terms, "grad_norm": norm, "lr": rate}
 
     def _clip(self) -> float:

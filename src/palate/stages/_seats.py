@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from palate.cast import Cast, Layout, assemble
 from palate.data.segments import stop_tokens
@@ -23,14 +23,22 @@ from palate.settings import Choice, PalateError, build
 from palate.workspace import Workspace, named_stages
 
 
-def algorithm(given: Any) -> Any:
-    """The `algorithm` of a stage from its mapping; faults become pydantic's, which know the place."""
-    if not isinstance(given, Mapping):
-        return given
+T = TypeVar("T")
+
+
+def as_value_error(ask: Callable[[], T]) -> T:
+    """What `ask` returns; its PalateError becomes a ValueError, to which pydantic adds the place of the setting."""
     try:
-        return build("algorithms", cast(Mapping[str, Any], given))
+        return ask()
     except PalateError as fault:
         raise ValueError(str(fault).lstrip(": .")) from None
+
+
+def algorithm(given: Any) -> Any:
+    """The `algorithm` of a stage from its mapping."""
+    if not isinstance(given, Mapping):
+        return given
+    return as_value_error(lambda: build("algorithms", cast(Mapping[str, Any], given)))
 
 
 def data(given: Any) -> Any:

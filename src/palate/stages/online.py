@@ -91,7 +91,7 @@ class Stage(Choice):
 
     @model_validator(mode="after")
     def _fits(self) -> Stage:
-        require_full_support(self.sampling, "sampling")
+        _seats.as_value_error(lambda: require_full_support(self.sampling, "sampling"))
         algorithm: Online = self.algorithm  # pyright: ignore[reportAssignmentType]
         for parts, what in ((algorithm.minibatches, "minibatches"), (algorithm.group, "answers a prompt")):
             if self.rollout_batch_size % parts:
