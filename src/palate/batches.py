@@ -142,6 +142,8 @@ class Rollouts(Tokens):
     version: int
     temperature: float = 1.0
     """The temperature of the distribution the tokens were drawn from and `logp_BT` speaks of."""
+    limit: int | None = None
+    """The longest answer in tokens there could have been; none where nobody set one."""
 
     @property
     def length_B(self) -> Tensor:

@@ -77,21 +77,15 @@ class Algorithm(Choice):
         tokens, token_reward_BT = Tokens(rows.tokens_BT, rows.real_BT, rows.action_BT), scored.token_reward_BT
         sampled_BT = rows.logp_BT
         if self.score_position == "after":  # the state after the longest answer needs a column of its own
-            tokens, token_reward_BT, sampled_BT = (
-                _widen(tokens),
-                _column(token_reward_BT),
-                _column(sampled_BT),
-            )
+            tokens, token_reward_BT, sampled_BT = _widen(tokens), _column(token_reward_BT), _column(sampled_BT)
         value_BT = self._chunks(tokens, lambda part: cast.values("value", part))
         ref_BT = self._chunks(tokens, lambda part: cast.logp("reference", part, rows.temperature))
         logp_BT = sampled_BT
         if self.old_logprobs == "recomputed":
             logp_BT = self._chunks(tokens, lambda part: cast.logp("policy", part, rows.temperature))
         kl_coef, mask_BT = scored.memory["kl_coef"], tokens.action_BT
-        reward_BT = token_reward_BT + credit.shape_reward(
-            scored.score_B, logp_BT, ref_BT, mask_BT, kl_coef, self.score_position
-        )
-        value_mask_BT = mask_BT | mask_BT.roll(1, -1) if self.score_position == "after" else mask_BT
+        value_mask_BT = mask_BT | self._state_after(mask_BT, rows.limit)
+        reward_BT = token_reward_BT + credit.shape_reward(scored.score_B, logp_BT, ref_BT, value_mask_BT, kl_coef)
         shaped_BT = credit.whiten(reward_BT, value_mask_BT, shift_mean=False) if self.whiten_rewards else reward_BT
         shaped_BT = shaped_BT.masked_fill(~value_mask_BT, 0.0)
         value_BT = value_BT.masked_fill(~value_mask_BT, 0.0)
@@ -128,6 +122,18 @@ class Algorithm(Choice):
             "loss/value_avg": Term(error_N.sum(), "values", self.vf_coef),
         }
         return Loss(terms, self._seen(logp_BT.detach(), entropy_BT.detach(), value_BT.detach(), batch))
+
+    def _state_after(self, mask_BT: Tensor, limit: int | None) -> Tensor:
+        """The place behind each answer, where its score lands and a value is learnt; none behind one of full length.
+
+        The TL;DR work has no column behind its longest possible answer, so such a row keeps the score on its last
+        token (detail 51).
+        """
+        if self.score_position == "last":
+            return torch.zeros_like(mask_BT)
+        behind_BT = mask_BT.roll(1, -1) & ~mask_BT
+        full_B = mask_BT.sum(-1) >= limit if limit else torch.zeros_like(mask_BT[:, 0])
+        return behind_BT & ~full_B[:, None]
 
     def _chunks(self, tokens: Tokens, forward: ForwardPass) -> Tensor:
         parts = tokens.split(self.rollout_forward_batch_size)

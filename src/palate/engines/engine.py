@@ -122,6 +122,7 @@ def lay_out(
     version: int,
     temperature: float,
     device: torch.device,
+    limit: int | None = None,
 ) -> Rollouts:
     """Rows [prompt][answer][padding] from ragged lists, the answers to one prompt adjacent."""
     per_prompt = answers_per_prompt(len(prompt_ids), len(answer_ids))
@@ -144,5 +145,6 @@ def lay_out(
         prompt_B=torch.tensor(owner),
         version=version,
         temperature=temperature,
+        limit=limit,
     )
     return rows.to(device)

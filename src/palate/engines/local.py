@@ -109,6 +109,7 @@ class LocalEngine:
             version=version,
             temperature=self.sampling.temperature,
             device=self.trunk.device,
+            limit=self.sampling.max_new_tokens,
         )
 
     def _check(self, index: int, ids: Sequence[int]) -> None:
