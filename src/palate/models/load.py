@@ -93,7 +93,8 @@ def load(path: str | Path, use: Use = "policy", how: Loading | None = None) -> L
         model, head = _model(path, folder, use, how)
     rows = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
     _check_vocabulary(path, tokenizer, rows)
-    trunk = Trunk(model, min(tokenizer.size, rows)).to(how.place)
+    cast(nn.Module, model).to(how.place)
+    trunk = Trunk(model, min(tokenizer.size, rows))
     if use == "policy":
         _check_policy(path, trunk, tokenizer)
     if how.checkpoint_activations:
