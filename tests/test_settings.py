@@ -20,9 +20,7 @@ class Outer(Settings):
 
 
 def test_unknown_key_gets_the_nearest_right_one() -> None:
-    with pytest.raises(
-        PalateError, match=r"stages\.2\.inner: there is no setting 'cilp'\. Did you mean 'clip'\?"
-    ):
+    with pytest.raises(PalateError, match=r"stages\.2\.inner: there is no setting 'cilp'\. Did you mean 'clip'\?"):
         parse(Outer, {"inner": {"cilp": 0.1}}, "stages.2")
 
 

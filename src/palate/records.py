@@ -32,9 +32,7 @@ def text_of(text: Text) -> str:
 
 def fingerprint(*parts: Any) -> str:
     """A short stable name for content: the same parts give the same 16 hex digits everywhere."""
-    blob = json.dumps(parts, ensure_ascii=False, sort_keys=True, default=_plain).encode(
-        "utf-8", "surrogatepass"
-    )
+    blob = json.dumps(parts, ensure_ascii=False, sort_keys=True, default=_plain).encode("utf-8", "surrogatepass")
     return hashlib.blake2b(blob, digest_size=8).hexdigest()
 
 
@@ -85,9 +83,7 @@ class Ranking(Prompt):
         return [(i, j) for i in range(len(r)) for j in range(len(r)) if r[i] < r[j]]
 
 
-def preference(
-    prompt: Text, chosen: Text, rejected: Text, margin: float | None = None, **more: Any
-) -> Ranking:
+def preference(prompt: Text, chosen: Text, rejected: Text, margin: float | None = None, **more: Any) -> Ranking:
     """A ranking of two: chosen first."""
     return Ranking(prompt=prompt, completions=(chosen, rejected), ranks=(0, 1), margin=margin, **more)
 

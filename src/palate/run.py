@@ -44,13 +44,13 @@ class Experiment(Settings):
 
     name: str
     """The run's folder under `output_dir`; the recipe's file name when not given."""
-    seed: int = Field(1, ge=0)
+    seed: int = Field(default=1, ge=0)
     """Every random draw of the run depends on it and on nothing else."""
     output_dir: str = "runs"
     """The folder that holds the runs."""
     report_to: tuple[str, ...] = ()
     """Trackers beside metrics.jsonl: tensorboard, trackio, wandb. One that fails never stops the run."""
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
     """How many checkpoints of a stage are kept while it runs."""
     verl_names: bool = False
     """Log each metric under verl's name too, where verl has one."""

@@ -84,9 +84,7 @@ def find(folder: str, kind: str) -> type[Choice]:
     try:
         return getattr(import_module(module), own)
     except (ImportError, AttributeError) as fault:
-        raise ValueError(
-            f"cannot load {kind!r}: {fault}. Write module:Name of something importable."
-        ) from None
+        raise ValueError(f"cannot load {kind!r}: {fault}. Write module:Name of something importable.") from None
 
 
 def build(folder: str, given: Mapping[str, Any], where: str = "") -> Choice:
@@ -123,9 +121,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise PalateError(
-            f"{path}: no such file. `palate list recipes` shows the recipes that ship."
-        ) from None
+        raise PalateError(f"{path}: no such file. `palate list recipes` shows the recipes that ship.") from None
     except (OSError, UnicodeDecodeError) as fault:
         raise PalateError(f"{path}: cannot be read as UTF-8 text: {fault}") from None
     try:
@@ -168,9 +164,7 @@ def _assign(target: Any, path: list[str], value: Any) -> None:
     elif isinstance(target, dict):
         cast(dict[str, Any], target)[last] = value
     else:
-        raise PalateError(
-            f"{whole}: {path[-2]!r} is a value, not a group of settings, so {last!r} has no place in it."
-        )
+        raise PalateError(f"{whole}: {path[-2]!r} is a value, not a group of settings, so {last!r} has no place in it.")
 
 
 def _step_into(target: Any, part: str, following: str, whole: str) -> Any:

@@ -26,21 +26,21 @@ _SCHEDULES = {"constant": optim.constant, "linear": optim.linear, "cosine": opti
 class Optimiser(Settings):
     """How weights move."""
 
-    learning_rate: float = Field(3e-6, ge=0)
+    learning_rate: float = Field(default=3e-6, ge=0)
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How the rate falls to zero over the stage: `linear` and `cosine` reach it after the last update."""
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     """Updates over which the rate rises linearly to its peak."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates of the first and second moment."""
-    eps: float = Field(1e-5, gt=0)
+    eps: float = Field(default=1e-5, gt=0)
     """Adam's epsilon; 1e-5 in the reference systems, not 1e-8."""
     variant: Literal["torch", "tensorflow"] = "torch"
     """Where epsilon enters Adam: after (`torch`) or before (`tensorflow`, the 2019 work) the bias correction."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay (AdamW); 0 in the 2019 work."""
-    max_grad_norm: float | None = Field(None, gt=0)
+    max_grad_norm: float | None = Field(default=None, gt=0)
     """Clip the gradient to this global norm; none in the reference systems."""
 
     def rate(self, update: int, updates: int) -> float:

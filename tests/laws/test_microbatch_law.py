@@ -1,4 +1,4 @@
-"""The micro-batch law: the gradient is that of the whole batch, however it is cut; padding and garbage change nothing."""
+"""Micro-batch law: any cut gives the gradient of the whole batch. Padding law: padding and garbage change nothing."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ def test_model_folder_without_weights_and_with_pickle(model: Path, demonstration
     with pytest.raises(PalateError, match="no weights"):
         run(tmp_path, sft(empty, str(demonstrations)))
     torch.save({"x": torch.zeros(1)}, empty / "pytorch_model.bin")
-    with pytest.raises(PalateError, match="pickle.*allow_pickle"):
+    with pytest.raises(PalateError, match=r"pickle.*allow_pickle"):
         run(tmp_path, sft(empty, str(demonstrations)))
 
 

@@ -26,25 +26,25 @@ class Algorithm(Choice):
 
     kind: str = "ppo"
     """Proximal policy optimisation."""
-    num_ppo_epochs: int = Field(4, ge=1)
+    num_ppo_epochs: int = Field(default=4, ge=1)
     """Passes over one rollout."""
-    num_mini_batches: int = Field(1, ge=1)
+    num_mini_batches: int = Field(default=1, ge=1)
     """Optimiser steps in one pass; each takes its share of a fresh permutation."""
-    kl_coef: float = Field(0.05, ge=0)
+    kl_coef: float = Field(default=0.05, ge=0)
     """β: what a nat of KL to the reference costs, in units of reward; the start value when it adapts."""
-    target_kl: float | None = Field(None, gt=0)
+    target_kl: float | None = Field(default=None, gt=0)
     """Nats per answer that an adaptive β steers to; none keeps β fixed."""
-    horizon: float = Field(10000.0, gt=0)
+    horizon: float = Field(default=10000.0, gt=0)
     """Episodes over which the adaptive β may change by about a fifth."""
-    cliprange: float = Field(0.2, gt=0)
+    cliprange: float = Field(default=0.2, gt=0)
     """ε of the policy ratio."""
-    cliprange_value: float = Field(0.2, gt=0)
+    cliprange_value: float = Field(default=0.2, gt=0)
     """How far a value may move from its old one before its gradient is cut, in units of the (whitened) reward."""
-    vf_coef: float = Field(0.1, ge=0)
+    vf_coef: float = Field(default=0.1, ge=0)
     """Weight of the value loss beside the policy loss."""
-    gamma: float = Field(1.0, ge=0, le=1)
+    gamma: float = Field(default=1.0, ge=0, le=1)
     """Discount per token."""
-    lam: float = Field(0.95, ge=0, le=1)
+    lam: float = Field(default=0.95, ge=0, le=1)
     """λ of generalised advantage estimation."""
     whiten_rewards: bool = False
     """Scale rewards to unit variance over the rollout's tokens, keeping their mean."""
@@ -54,7 +54,7 @@ class Algorithm(Choice):
     """Where the score lands: on the last token, or on the state after it, where the reward model reads (TL;DR)."""
     old_logprobs: Literal["sampled", "recomputed"] = "recomputed"
     """Old log-probabilities: the sampler's own, or a fresh forward pass (exact ratio 1 in the first minibatch)."""
-    rollout_forward_batch_size: int = Field(64, ge=1)
+    rollout_forward_batch_size: int = Field(default=64, ge=1)
     """Rows a forward pass takes when references, values and old log-probabilities are computed."""
 
     @property

@@ -27,9 +27,9 @@ class Algorithm(Choice):
     `best_of`: softmax cross-entropy of the best answer among K."""
     margin: bool = False
     """Ask chosen to exceed rejected by the pair's stated margin (pairs only)."""
-    center_rewards_coefficient: float = Field(0.0, ge=0)
+    center_rewards_coefficient: float = Field(default=0.0, ge=0)
     """Weight of the squared sum of a pair's rewards, which keeps rewards near zero; 0 is off."""
-    language_loss_coefficient: float = Field(0.0, ge=0)
+    language_loss_coefficient: float = Field(default=0.0, ge=0)
     """Weight of next-token prediction on the answers beside the ranking; keeps the trunk reading them. 0 is off."""
 
     def prepare(self, cast: Cast, raw: Comparisons) -> Comparisons:
@@ -61,7 +61,7 @@ class Algorithm(Choice):
 
 
 def _two(score_BK: Tensor, rank_BK: Tensor) -> tuple[Tensor, Tensor]:
-    order_BK = rank_BK[:, :2].argsort(-1, stable=True)
+    order_BK = rank_BK[:, :2].sort(dim=-1, stable=True).indices
     return score_BK.gather(1, order_BK[:, :1])[:, 0], score_BK.gather(1, order_BK[:, 1:2])[:, 0]
 
 

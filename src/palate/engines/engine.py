@@ -17,15 +17,15 @@ from palate.settings import PalateError, Settings
 class Sampling(Settings):
     """How answers are drawn, in this order: suppress early ends, temperature, top-k, top-p, draw."""
 
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Logits are divided by this before the softmax; training divides by the same number."""
-    top_k: int = Field(0, ge=0)
+    top_k: int = Field(default=0, ge=0)
     """Draw from the k likeliest tokens only; 0 is off. Not for training: see docs/sampling.md."""
-    top_p: float = Field(1.0, gt=0, le=1)
+    top_p: float = Field(default=1.0, gt=0, le=1)
     """Draw from the fewest likeliest tokens that hold this probability; 1 is off. Not for training."""
-    max_new_tokens: int = Field(64, ge=1)
+    max_new_tokens: int = Field(default=64, ge=1)
     """The longest answer in tokens, its end token included."""
-    min_new_tokens: int = Field(0, ge=0)
+    min_new_tokens: int = Field(default=0, ge=0)
     """End tokens cannot be drawn before the answer has this many other tokens. Not for training."""
     fixed_length: bool = False
     """Never stop: every answer has exactly max_new_tokens tokens, end tokens in the middle included."""

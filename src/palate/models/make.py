@@ -26,21 +26,21 @@ class Make(Settings):
 
     architecture: Architecture = "llama"
     """The family, as transformers calls it."""
-    hidden_size: int = Field(128, ge=8)
+    hidden_size: int = Field(default=128, ge=8)
     """Width of the hidden states."""
-    layers: int = Field(4, ge=1)
+    layers: int = Field(default=4, ge=1)
     """How many blocks."""
-    heads: int = Field(4, ge=1)
+    heads: int = Field(default=4, ge=1)
     """Attention heads; divides hidden_size."""
-    kv_heads: int | None = Field(None, ge=1)
+    kv_heads: int | None = Field(default=None, ge=1)
     """Key and value heads of the grouped-query families; divides heads; as many as heads when left out."""
-    intermediate_size: int | None = Field(None, ge=1)
+    intermediate_size: int | None = Field(default=None, ge=1)
     """Width inside the feed-forward part; 4 × hidden_size, or 8/3 of it rounded up to 32 for gated families."""
-    context: int = Field(256, ge=8)
+    context: int = Field(default=256, ge=8)
     """The longest sequence in tokens."""
-    vocabulary: int = Field(1024, ge=259)
+    vocabulary: int = Field(default=1024, ge=259)
     """Most ids the tokenizer may have: 256 bytes, three special tokens, and what training on the texts merges."""
-    rope_theta: float = Field(10000.0, gt=0)
+    rope_theta: float = Field(default=10000.0, gt=0)
     """Base of the rotary position frequencies, for the families that use them."""
     tie: bool = True
     """Use the embedding table as the language-model head too."""

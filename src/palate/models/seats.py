@@ -36,11 +36,11 @@ class Layout(Settings):
     """separate: every role has weights of its own (TL;DR, ColossalChat). shared: policy and value on one trunk, and
     a frozen copy as reference (lm-human-preferences). adapters: one frozen trunk, a LoRA adapter per trained role,
     the reference is the bare trunk. hydra: as shared, but only the top blocks train and are copied (trlX)."""
-    unfrozen_blocks: int = Field(2, ge=-1)
+    unfrozen_blocks: int = Field(default=2, ge=-1)
     """hydra: how many top blocks train; 0: heads only, -1: everything."""
-    lora_rank: int = Field(16, ge=1)
+    lora_rank: int = Field(default=16, ge=1)
     """adapters: rank r of the low-rank terms."""
-    lora_alpha: float = Field(32.0, gt=0)
+    lora_alpha: float = Field(default=32.0, gt=0)
     """adapters: α; a term is scaled by α / r."""
     lora_targets: str | tuple[str, ...] = "all-linear"
     """adapters: all-linear, or the names of the layers to adapt."""

@@ -48,6 +48,8 @@ class Trunk(nn.Module):
         takes = inspect.signature(self.base.forward).parameters
         self.caches = "past_key_values" in takes
         self._takes_positions = "position_ids" in takes
+        # Any id would do in a padded cell; the model's own pad id would make transformers warn of a missing mask.
+        self._filler = 1 if model.config.pad_token_id == 0 else 0
         self.causal = False
         self.causal, self.width = _measure(self)
         self._head = _find_head(self)
@@ -95,7 +97,7 @@ class Trunk(nn.Module):
         Raises PalateError when a row has more real tokens than the context.
         """
         self._set_training(self.recomputes and torch.is_grad_enabled())
-        packed_BS, exists_BS = _compact(tokens_BT, real_BT)
+        packed_BS, exists_BS = _compact(tokens_BT, real_BT, self._filler)
         self._check_length(packed_BS.shape[1])
         more: dict[str, Any] = {} if self.causal else {"attention_mask": exists_BS.long()}
         if self.first_position:
@@ -142,7 +144,7 @@ class Trunk(nn.Module):
             more["attention_mask"] = real_BL.long()
         if self._takes_positions:
             more["position_ids"] = position_ids(real_BL)[:, -new:] + self.first_position
-        ids_BS = tokens_BS.masked_fill(~real_BL[:, -new:], 0)
+        ids_BS = tokens_BS.masked_fill(~real_BL[:, -new:], self._filler)
         out = self.base(input_ids=ids_BS, past_key_values=cache, use_cache=True, **more)
         return cast(Tensor, out.last_hidden_state), out.past_key_values
 
@@ -159,15 +161,15 @@ class Trunk(nn.Module):
             )
 
 
-def _compact(tokens_BT: Tensor, real_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Real tokens to the left in their order, as many columns as the longest row needs; id 0 in the pads."""
+def _compact(tokens_BT: Tensor, real_BT: Tensor, filler: int) -> tuple[Tensor, Tensor]:
+    """Real tokens to the left in their order, as many columns as the longest row needs; `filler` in the pads."""
     count_B = real_BT.long().sum(-1)
     length = max(1, int(count_B.max()))
     exists_BS = torch.arange(length, device=tokens_BT.device) < count_B[:, None]
     if not torch.equal(exists_BS, real_BT[:, :length]):
         order_BS = (~real_BT).long().argsort(dim=-1, stable=True)[:, :length]
         tokens_BT = tokens_BT.gather(1, order_BS)
-    return tokens_BT[:, :length].masked_fill(~exists_BS, 0), exists_BS
+    return tokens_BT[:, :length].masked_fill(~exists_BS, filler), exists_BS
 
 
 def _silence_dropout(model: nn.Module) -> None:

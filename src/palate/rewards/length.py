@@ -17,13 +17,13 @@ class Reward(Choice):
     """A penalty on length."""
     unit: Literal["tokens", "words", "characters"] = "tokens"
     """What is counted: sampled tokens (the end token included), words between white space, or characters."""
-    at_least: int = Field(0, ge=0)
+    at_least: int = Field(default=0, ge=0)
     """Shorter answers pay."""
-    at_most: int | None = Field(None, ge=1)
+    at_most: int | None = Field(default=None, ge=1)
     """Longer answers pay; none lets them be as long as they like."""
-    per_unit: float = Field(0.01, gt=0)
+    per_unit: float = Field(default=0.01, gt=0)
     """What one unit too few or too many costs."""
-    largest: float | None = Field(None, gt=0)
+    largest: float | None = Field(default=None, gt=0)
     """The most an answer can pay; none has no bound."""
 
     @model_validator(mode="after")

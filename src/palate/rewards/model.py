@@ -28,7 +28,7 @@ class Reward(Choice):
     """A trained reward model."""
     model: str
     """A folder with a reward model, a hub id, or stage:NAME."""
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(default=32, ge=1)
     """Answers of one forward pass; changes memory and speed, not scores."""
     name: str = ""
     """What tables and metrics call it; empty is `model`."""

@@ -25,7 +25,7 @@ class Shaping(Settings):
     """What an answer that did not end by itself gets (replace) or loses (subtract); none does nothing."""
     missing_eos: Literal["replace", "subtract"] = "replace"
     """`replace`: the penalty is the score (published: −1). `subtract`: its size is taken off (as TRL does)."""
-    score_clip: float | None = Field(None, gt=0)
+    score_clip: float | None = Field(default=None, gt=0)
     """Scores are clipped to ± this, after the penalty; none leaves them."""
 
 

@@ -23,7 +23,7 @@ class Truncation(Settings):
 
     token: int | str
     """The token that ends an answer: an id, `eos`, or a text that is one token (`.`)."""
-    after: int = Field(0, ge=0)
+    after: int = Field(default=0, ge=0)
     """Only a token at this place of the answer (from 0) or later counts."""
     train_on_cut: bool = False
     """Train only on what was scored; false trains on the whole sampled answer, as the 2019 work does."""

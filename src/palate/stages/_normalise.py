@@ -39,13 +39,13 @@ class Normalise(Settings):
     """Whose answers; the model the stage starts from when not given."""
     data: Data | None = None
     """The prompts or demonstrations; the stage's own data when not given."""
-    rows: int = Field(256, ge=2)
+    rows: int = Field(default=256, ge=2)
     """How many answers or demonstrations."""
     sampling: Sampling = Sampling()
     """How those answers are drawn."""
     mean: float = 0.0
     """The mean they get."""
-    std: float | None = Field(1.0, gt=0)
+    std: float | None = Field(default=1.0, gt=0)
     """The standard deviation they get; none leaves the scale and only shifts (TL;DR work)."""
 
     @field_validator("data", mode="before")
@@ -102,7 +102,9 @@ def _answers(
     engine = _seats.engine_for(speaker, asked.sampling)
     rollouts = engine.generate([p.tokens for p in prompts], keys)
     if not speaker.tokenizer.same_words(judge.tokenizer):
-        raise PalateError(f"normalise.model: {name} has another tokenizer than the reward model. Take one with its own.")
+        raise PalateError(
+            f"normalise.model: {name} has another tokenizer than the reward model. Take one with its own."
+        )
     return Tokens(rollouts.tokens_BT, rollouts.real_BT, rollouts.action_BT)
 
 

@@ -22,7 +22,6 @@ from palate.rewards.reward import Scorer, resolve
 from palate.settings import Choice, PalateError, build
 from palate.workspace import Workspace, named_stages
 
-
 T = TypeVar("T")
 
 
@@ -62,9 +61,7 @@ def files(*models: Any) -> list[str]:
     return [str(f) for folder in folders if folder.is_dir() for f in sorted(folder.glob("*")) if f.is_file()]
 
 
-def open_model(
-    model: str | Make, here: Workspace, role: str, how: Loading, texts: Iterable[str] = ()
-) -> Loaded:
+def open_model(model: str | Make, here: Workspace, role: str, how: Loading, texts: Iterable[str] = ()) -> Loaded:
     """The model a stage starts from; `role` decides what it must be able to do."""
     if isinstance(model, Make):
         return make(model, texts, key(here.seed, "make", here.name))

@@ -44,7 +44,7 @@ class Stage(Choice):
     """Which of the rewards decides who wins; left out, gold, else the first."""
     comparisons: Data | None = None
     """Held pairs or rankings that every reward but gold is held against."""
-    answers: int = Field(1, ge=1)
+    answers: int = Field(default=1, ge=1)
     """Answers per prompt and model."""
     sampling: Sampling = Sampling()
     """How answers are drawn, the same for every model."""
@@ -54,7 +54,7 @@ class Stage(Choice):
     """How prompts and comparisons become tokens."""
     loading: Loading = Loading()
     """How models come into memory."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(default=64, ge=1)
     """Answers of one forward pass; changes memory, never the result."""
     rouge: bool = True
     """Compute ROUGE where the prompts bring reference answers."""

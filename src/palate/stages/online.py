@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
@@ -59,19 +59,19 @@ class Stage(Choice):
     """How answers are drawn."""
     truncation: Truncation | None = None
     """Cut answers after a token before they are scored (details 30 to 32); none: the end token ends them."""
-    total_episodes: int = Field(10_000, ge=1)
+    total_episodes: int = Field(default=10_000, ge=1)
     """Answers to learn from over the whole stage."""
-    rollout_batch_size: int = Field(64, ge=1)
+    rollout_batch_size: int = Field(default=64, ge=1)
     """Answers of one rollout, between two publications of the policy."""
-    microbatch_size: int = Field(16, ge=1)
+    microbatch_size: int = Field(default=16, ge=1)
     """Answers of one forward and backward pass; changes memory, never the result."""
     shaping: Shaping = Shaping()
     """What happens to scores before training: a penalty for answers without an end, clipping."""
-    logging_steps: int = Field(1, ge=1)
+    logging_steps: int = Field(default=1, ge=1)
     """Write metrics every so many rollouts."""
-    sample_steps: int = Field(10, ge=1)
+    sample_steps: int = Field(default=10, ge=1)
     """Write sample answers every so many rollouts."""
-    save_steps: int = Field(0, ge=0)
+    save_steps: int = Field(default=0, ge=0)
     """Write a checkpoint every so many rollouts; 0: about every tenth of the stage."""
 
     @field_validator("algorithm", mode="before")

@@ -46,23 +46,23 @@ class Stage(Choice):
     """How weights move."""
     encoding: Encoding = Encoding()
     """How records become tokens."""
-    num_train_epochs: int = Field(1, ge=1)
+    num_train_epochs: int = Field(default=1, ge=1)
     """Passes over the data."""
-    max_steps: int | None = Field(None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
     """Stop after so many optimiser steps, whatever the epochs say."""
-    batch_size: int = Field(32, ge=1)
+    batch_size: int = Field(default=32, ge=1)
     """Rows (demonstrations, or prompts with their ranked answers) of one optimiser step."""
-    microbatch_size: int = Field(8, ge=1)
+    microbatch_size: int = Field(default=8, ge=1)
     """Rows of one forward pass; changes memory, never the result."""
     group_by_length: bool = False
     """Draw rows of similar length into one batch: less padding, slightly less random order."""
     normalise: Normalise | None = None
     """Give the reward head a fixed scale before and after training (details 21 and 22)."""
-    eval_steps: int = Field(0, ge=0)
+    eval_steps: int = Field(default=0, ge=0)
     """Measure the held-out share of the data every so many steps; 0: at the end only."""
-    logging_steps: int = Field(10, ge=1)
+    logging_steps: int = Field(default=10, ge=1)
     """Write metrics every so many steps."""
-    save_steps: int = Field(0, ge=0)
+    save_steps: int = Field(default=0, ge=0)
     """Write a checkpoint every so many steps; 0: about every tenth of the stage."""
 
     @field_validator("algorithm", mode="before")
