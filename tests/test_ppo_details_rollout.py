@@ -175,7 +175,8 @@ def test_the_adaptive_coefficient_of_a_rollout_is_the_one_before_it() -> None:
     rollouts = rollouts_of([[9, 9]] * 4)
     nothing = torch.zeros(4, 3, dtype=torch.float64)
     scored = Scored(rollouts, torch.zeros(4, dtype=torch.float64), nothing, {}, {"kl_coef": 0.15})
-    for target, after in ((6.0, 0.15 * (1 - 0.2 * 4 / 10_000)), (None, 0.15)):
+    far, near = 1 - 0.2 * 4 / 10_000, 1 + (0.25 / 0.3 - 1) * 4 / 10_000
+    for target, after in ((6.0, 0.15 * far), (0.3, 0.15 * near), (None, 0.15)):
         algorithm = ppo.Algorithm(target_kl=target, horizon=10_000)
         done = prepared(algorithm, scored, policy=logp, reference=ref, value=[[0.0, 0.0]] * 4)
         assert done.metrics["objective/kl"] == pytest.approx(0.25)
