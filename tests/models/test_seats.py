@@ -49,7 +49,7 @@ def test_a_value_network_may_start_as_the_reward_model():
     batch, reward = _batch(), _reward_model()
     scores = Cast({"reward": Seat(reward.trunk, None, reward.head)}).scores("reward", batch)
     cast = assemble(Layout(), _make(), ROLES, 1, value_start=_reward_model())
-    torch.testing.assert_close(cast.values("value", batch)[0, 8], scores[0], atol=0, rtol=0)
+    torch.testing.assert_close(cast.values("value", batch)[0, 8], scores[0])
     assert (
         torch.count_nonzero(
             assemble(Layout(value_init="zero"), _make(), ROLES, 1, _reward_model()).values("value", batch)

@@ -184,3 +184,12 @@ def test_a_checkpointing_trunk_still_caches(build):
     _, cache = trunk.extend(tokens[:, :6], real[:, :6], None)
     found, _ = trunk.extend(tokens[:, 6:], real, cache)
     torch.testing.assert_close(found, expected[:, 6:], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("pad", [0, 5, None])
+def test_padding_draws_no_warning_of_a_missing_mask(build, pad, caplog):
+    trunk = Trunk(build("gpt2", pad_token_id=pad), SIZE)
+    tokens, real = _row(rows=2)
+    real[0, 5:] = False
+    trunk.hidden(tokens, real)
+    assert not caplog.records
