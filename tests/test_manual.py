@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from palate.manual import entries
 from palate.run import Experiment
-from palate.settings import Settings, find
+from palate.settings import Choice, Settings, find
 
 CASES = {
     "run": ("Experiment", lambda: Experiment),
@@ -23,10 +23,10 @@ CASES = {
 def _living(cls: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted name, meaning) of every setting, groups that are always groups opened."""
     for name, field in cls.model_fields.items():
-        if name != "kind":
+        if prefix + name != "kind":
             yield prefix + name, " ".join(str(field.description).split())
             kind = field.annotation
-            if isinstance(kind, type) and not get_args(kind) and kind.__mro__[1] is Settings:
+            if isinstance(kind, type) and not get_args(kind) and Settings in kind.__bases__ and kind is not Choice:
                 yield from _living(kind, f"{prefix}{name}.")
 
 

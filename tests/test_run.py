@@ -27,7 +27,7 @@ import signal
 from pathlib import Path
 
 import torch
-from palate.settings import Choice
+from palate.settings import Choice, PalateError
 
 
 class Count(Choice):
@@ -60,6 +60,8 @@ class Count(Choice):
             total += float((here.resolve(self.start) / "total.txt").read_text())
         if self.data:
             total += Path(self.data).stat().st_size
+        if not self.steps:
+            raise PalateError("nothing to count")
         done = 0
         found = here.store.newest()
         if found is not None:
@@ -157,9 +159,14 @@ def test_a_stage_that_is_done_is_skipped_and_only_what_depends_on_a_change_runs_
     third = _run(_count(name="a", steps=6), _count(name="b", start="stage:a"), _count(name="c"))
     assert [s.skipped for s in third.stages] == [False, False, True]
     assert _total(third.folder / "2-b") == pytest.approx(1.1)
-    assert _total(third.folder / "replaced" / "2-b") == pytest.approx(1.0)
+    aside = third.folder / "replaced"
+    assert sorted(p.name[:3] for p in aside.iterdir()) == ["1-a", "2-b"]
+    assert _total(next(aside.glob("2-b-*"))) == pytest.approx(1.0)
     fourth = _run(_count(name="a", steps=6), _count(name="b", start="stage:a", steps=6), _count(name="c"))
     assert [s.skipped for s in fourth.stages] == [True, False, True]
+    fifth = _run(_count(name="a"), _count(name="b", start="stage:a"), _count(name="c"))
+    assert [s.skipped for s in fifth.stages] == [True, True, True], "settings asked for again are brought back"
+    assert _total(fifth.folder / "2-b") == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("what", ["data", "code", "seed", "model"])
@@ -239,7 +246,15 @@ def test_a_stage_begun_under_other_settings_is_not_continued(lab: Path) -> None:
         _run(_count(steps=4, raise_at=3))
     after = _run(_count(steps=4))
     assert _total(after.folder / "1-count") == pytest.approx(0.4)
-    assert (after.folder / "replaced" / "1-count" / "metrics.jsonl").exists()
+    assert len(list(after.folder.glob("replaced/1-count-*/metrics.jsonl"))) == 1
+
+
+def test_a_run_that_could_not_begin_displaces_nothing(lab: Path) -> None:
+    before = _run(_count())
+    with pytest.raises(PalateError, match="nothing to count"):
+        _run(_count(steps=0))
+    assert (before.folder / "1-count" / "DONE").exists()
+    assert _run(_count()).stages[0].skipped
 
 
 HOLDER = """

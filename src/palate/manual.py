@@ -31,7 +31,7 @@ def _of_class(path: Path, name: str, prefix: str) -> Iterator[Entry]:
     for node, following in pairwise(body):
         if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and _is_text(following)):
             continue
-        if node.target.id == "kind" or ast.unparse(node.annotation).startswith("ClassVar"):
+        if prefix + node.target.id == "kind" or ast.unparse(node.annotation).startswith("ClassVar"):
             continue
         meaning = " ".join(ast.literal_eval(ast.unparse(following)).split())
         group = _group(node.annotation, path)

@@ -16,9 +16,8 @@ import fcntl
 import json
 import os
 import re
-import shutil
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +29,9 @@ from pydantic import Field, field_validator
 from palate import parallel, settings, tracking
 from palate.evidence import Evidence, functions, gather
 from palate.live import Display, duration
-from palate.provenance import Origins, annotated, now, provenance, read_json, write_json
+from palate.provenance import Origins, annotated, provenance, read_json, write_json
 from palate.settings import PalateError, Settings, nearest
+from palate.stage_folder import StageFolder
 from palate.workspace import Workspace
 
 __all__ = ["Experiment", "Outcome", "Plan", "StageOutcome", "Workspace", "execute", "plan", "plan_file"]
@@ -232,76 +232,26 @@ def _describe(plan: Plan, command: Sequence[str]) -> None:
 
 
 def _run_stage(plan: Plan, index: int, evidence: Evidence, world: parallel.World, display: Display) -> StageOutcome:
-    stage, folder = plan.stages[index], plan.stage_folder(index)
-    _adopt(plan, folder, stage.name)
-    if _is_done(folder, evidence, display.warn):
+    stage, home = plan.stages[index], StageFolder(plan.stage_folder(index), evidence)
+    home.adopt(stage.name)
+    aside = home.make_room(display.say)
+    if home.is_done(display.warn):
         display.say(f"{stage.name}: done before, skipped")
-        return StageOutcome(stage.name, folder, True, 0.0, _last_metrics(folder))
-    _set_aside(folder, evidence, display)
+        return StageOutcome(stage.name, home.path, True, 0.0, _last_metrics(home.path))
     began = time.monotonic()
-    _start(plan, index, evidence)
+    home.start(annotated(plan.resolved["stages"][index], plan.origins, ("stages", str(index))))
     here = _workspace(plan, index, world, display)
     try:
         stage.run(here)
+    except PalateError:
+        home.give_way(aside)
+        raise
     finally:
         here.close()
     seconds = time.monotonic() - began
-    finished = {"hash": evidence.hash, "evidence": evidence.parts, "outputs": _outputs(folder)}
-    write_json(folder / "DONE", {**finished, "finished": now(), "seconds": round(seconds, 3)})
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    home.finish(seconds)
     display.say(f"{stage.name}: done in {duration(seconds)}")
-    return StageOutcome(stage.name, folder, False, seconds, _last_metrics(folder))
-
-
-def _adopt(plan: Plan, folder: Path, name: str) -> None:
-    """A stage that only changed its place in the order keeps its folder under the new number."""
-    if folder.exists():
-        return
-    for old in sorted(plan.folder.glob(f"*-{name}")):
-        if old.name.removesuffix(f"-{name}").isdigit():
-            old.rename(folder)
-            return
-
-
-def _is_done(folder: Path, evidence: Evidence, warn: Callable[[str], None]) -> bool:
-    done = read_json(folder / "DONE")
-    if done.get("hash") != evidence.hash:
-        return False
-    if done.get("outputs") == _outputs(folder):
-        return True
-    warn(f"{folder}: its model is not as DONE left it; the stage runs again.")
-    return False
-
-
-def _outputs(folder: Path) -> dict[str, int]:
-    """What a stage made for later stages: file names and sizes."""
-    model = folder / "model"
-    files = sorted(f for f in model.rglob("*") if f.is_file()) if model.is_dir() else []
-    return {str(f.relative_to(folder)): f.stat().st_size for f in files}
-
-
-def _set_aside(folder: Path, evidence: Evidence, display: Display) -> None:
-    """Work under other settings is not continued: it moves to `replaced/`, where one earlier version is kept."""
-    if not folder.exists():
-        return
-    before = read_json(folder / ".started") or read_json(folder / "DONE")
-    unfinished = not (folder / "DONE").exists()
-    if not before or (unfinished and before.get("hash") == evidence.hash):
-        return
-    replaced = folder.parent / "replaced" / folder.name
-    shutil.rmtree(replaced, ignore_errors=True)
-    replaced.parent.mkdir(exist_ok=True)
-    folder.rename(replaced)
-    why = evidence.difference(before.get("evidence", {}))
-    display.say(f"{folder.name}: runs again, because of a change in {why}; what it made before is in {replaced}")
-
-
-def _start(plan: Plan, index: int, evidence: Evidence) -> None:
-    folder = plan.stage_folder(index)
-    folder.mkdir(exist_ok=True)
-    text = annotated(plan.resolved["stages"][index], plan.origins, ("stages", str(index)))
-    (folder / "stage.yaml").write_text(text, encoding="utf-8")
-    write_json(folder / ".started", {"hash": evidence.hash, "evidence": evidence.parts})
+    return StageOutcome(stage.name, home.path, False, seconds, _last_metrics(home.path))
 
 
 def _workspace(plan: Plan, index: int, world: parallel.World, display: Display) -> Workspace:

@@ -21,7 +21,7 @@ LAYERS = (
     "batches losses credit optim",
     "parallel checkpoint models cast step data",
     "engines rewards judges evaluation diagnosis worlds algorithms",
-    "stages run workspace tracking live provenance evidence",
+    "stages run workspace stage_folder tracking live provenance evidence",
     "cli web door one_stage catalogue closing manual __init__ __main__",
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
