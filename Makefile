@@ -19,11 +19,12 @@ check: $(VENV)/.dev           ## format, lint, types, laws
 	$(BIN)/pyright
 	$(BIN)/python -m pytest tests/laws
 
-bench: $(VENV)/.dev           ## measured figures of this machine into bench/results.md
-	$(BIN)/python -m bench.run
+bench: $(VENV)/.dev           ## learning curves and the Adam ablation, measured here
+	$(BIN)/python bench/curves.py
+	$(BIN)/python bench/adam_ablation.py
 
 docs: $(VENV)/.dev            ## the generated pages of docs/
-	$(BIN)/python -m docs.build
+	$(BIN)/python docs/build.py
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
