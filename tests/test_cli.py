@@ -225,7 +225,7 @@ def test_bad_input_is_one_message_and_exit_code_two(broken: Path, case: str) -> 
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-    assert done.stderr.count("palate: ") + done.stderr.count("Error: ") == 1
+    assert sum(line.startswith(("palate: ", "Error: ")) for line in done.stderr.splitlines()) == 1
 
 
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ def _evaluated(found: Mapping[str, Any]) -> str:
     parts: list[str] = []
     for name, model in dict(found.get("models") or {}).items():
         for judge, rate in dict(model.get("win_rate") or {}).items():
-            share = dict(rate.get("rate") or {}).get("mean")
+            share = dict(rate.get("rate") or {}).get("estimate")
             if isinstance(share, float):
                 parts.append(f"{name} wins {share:.0%} by {judge}")
     return ", ".join(parts)
