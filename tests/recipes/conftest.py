@@ -57,8 +57,8 @@ def _write(path: Path, rows: Iterable[Any]) -> None:
 
 def _model(folder: Path, architecture: Any, template: str | None = None) -> Tokenizer:
     texts = [_passage(row) + fill(TLDR_FORMAT, _post(row)) + _transcript(row, KIND) for row in range(ROWS)]
-    size = {"hidden_size": 16, "layers": 1, "heads": 2, "context": 1024, "vocabulary": 420}
-    made = make(Make(architecture=architecture, **size), texts, key("recipes", architecture))
+    size = Make(architecture=architecture, hidden_size=16, layers=1, heads=2, context=1024, vocabulary=420)
+    made = make(size, texts, key("recipes", architecture))
     if template:
         made.tokenizer.inner.chat_template = template
     save(folder, made.trunk, made.tokenizer, Card(title=folder.name, base="nothing"))

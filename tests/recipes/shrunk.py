@@ -66,7 +66,26 @@ _SUMMARIES = (
     "stages.rlhf.layout.lora_rank=2",
 )
 
+_WORLD = (
+    "stages.sft.model.hidden_size=16",
+    "stages.sft.model.layers=1",
+    "stages.sft.model.heads=2",
+    "stages.sft.model.intermediate_size=32",
+    "stages.sft.data.rows=120",
+    "stages.reward.data.rows=40",
+    "stages.reward.normalise.rows=8",
+    "stages.ppo.prompts.rows=40",
+    "stages.ppo.sampling.max_new_tokens=8",
+    "stages.ppo.total_episodes=16",
+    "stages.ppo.rollout_batch_size=8",
+    "stages.ppo.microbatch_size=4",
+    "stages.evaluate.prompts.rows=4",
+    "stages.evaluate.comparisons.rows=10",
+    "stages.evaluate.sampling.max_new_tokens=8",
+)
+
 SHRUNK: dict[str, tuple[str, ...]] = {
+    "tasting_room": _WORLD,
     "presets/lm_human_preferences_sentiment": _BOOKS,
     "presets/lm_human_preferences_descriptiveness": _BOOKS,
     "presets/lm_human_preferences_cnndm": (
