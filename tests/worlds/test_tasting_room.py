@@ -16,8 +16,9 @@ from palate.settings import PalateError
 from palate.worlds import tasting_room as room
 from palate.worlds.tasting.words import DISHES, FACTS, FACTS_OF, FAMILY_OF, POLITE_WORDS, RUDE_WORDS
 
-PROMPT = "Dish: lentil stew. Facts: smoky, tender, mild.\nNote:"
-GOOD = " The lentil stew is smoky and tender, yet mild. Enjoy your meal."
+PROMPT = "Dish: lentil stew. Facts: tastes smoky, feels tender, comes warm.\nNote:"
+PERFECT = " The lentil stew tastes smoky, feels tender and comes warm."
+GOOD = PERFECT + " Enjoy your meal."
 FAULTLESS = {"forget": 0, "invent": 0, "polite": 1, "rude": 0, "ramble": 0, "repeat": 0, "slip": 0, "cut": 0}
 
 
@@ -29,28 +30,23 @@ def total(completion: str, prompt: str = PROMPT) -> float:
 
 
 def test_a_good_note_is_worth_what_the_formula_says():
-    assert room.utility(PROMPT, GOOD) == room.Utility(1.0, 0, 1, 0, 0, 0, 0, 12, 1)
+    assert room.utility(PROMPT, GOOD) == room.Utility(1.0, 0, 1, 0, 0, 0, 0, 13, 1)
     assert total(GOOD) == 3.5
 
 
 @pytest.mark.parametrize(
     ("note", "part", "value", "expected"),
     [
-        (" The lentil stew is smoky. Enjoy your meal.", "coverage", 1 / 3, 1.5),
-        (" The lentil stew is smoky, tender and mild. At heart it is vegan.", "invented", 1, 2.0),
-        (" The leek soup is smoky, tender and mild.", "invented", 1, 2.0),
-        (" The lentil stew is smoky, tender and mild. Take it or leave it.", "rude", 1, 2.0),
-        (" The lentil stew is smoky, tender and mild. It is also mild.", "repeats", 1, 2.5),
-        (
-            " The lentil stew is smoky, tender and mild. The lentil stew is smoky, tender and mild.",
-            "repeats",
-            1,
-            2.5,
-        ),
-        (" The lentil stew is smoky, tender and mild. It rained for most of last week.", "rambles", 1, 2.6),
-        (" The lentil stew is smoky, tender and and mild.", "broken", 1, 2.7),
-        (" The lentil stew is smoky, tender and mild", "ended", 0, 2.0),
-        (" The lentil stew is" + " smoky and" * 20 + " mild.", "words", 45, 2 - 0.05 * 13 - 0.5 * 5),
+        (" The lentil stew tastes smoky. Enjoy your meal.", "coverage", 1 / 3, 1.5),
+        (PERFECT + " Every bite looks dark.", "invented", 1, 2.0),
+        (" The leek soup tastes smoky, feels tender and comes warm.", "invented", 1, 2.0),
+        (PERFECT + " Take it or leave it.", "rude", 1, 2.0),
+        (PERFECT + " It also comes warm.", "repeats", 1, 2.5),
+        (PERFECT + PERFECT, "repeats", 1, 2.5),
+        (PERFECT + " It rained for most of last week.", "rambles", 1, 2.6),
+        (" The lentil stew tastes smoky, feels tender and and comes warm.", "broken", 1, 2.7),
+        (PERFECT.rstrip("."), "ended", 0, 2.0),
+        (" It" + " tastes smoky and" * 20 + " comes warm.", "words", 63, 2 - 0.05 * 31 - 0.5 * 5),
     ],
 )
 def test_each_part_is_seen_and_weighed(note: str, part: str, value: float, expected: float):
@@ -60,20 +56,10 @@ def test_each_part_is_seen_and_weighed(note: str, part: str, value: float, expec
 
 
 def test_no_shortcut_is_worth_a_poor_honest_note():
-    honest = total(" The lentil stew is smoky.")
-    everything = " The lentil stew is " + " and ".join(sorted(FACTS)) + "."
-    shortcuts = [
-        "",
-        " ",
-        ".",
-        PROMPT,
-        PROMPT * 3,
-        " smoky, tender, mild.",
-        everything,
-        "Enjoy your meal.",
-        GOOD * 4,
-    ]
-    for shortcut in shortcuts:
+    honest = total(" The lentil stew tastes smoky.")
+    everything = " The lentil stew " + " and ".join(sorted(FACTS)) + "."
+    fragments = ["", " ", ".", " tastes smoky, feels tender, comes warm.", "Enjoy your meal."]
+    for shortcut in [*fragments, PROMPT, PROMPT * 3, everything, GOOD * 4]:
         assert total(shortcut) < honest - 0.4, shortcut
     assert total(GOOD * 2) < total(GOOD)
 
@@ -85,16 +71,12 @@ def test_any_text_has_a_bounded_utility(prompt: str, completion: str):
     assert -25 <= total(completion) <= 3.5
 
 
-@given(
-    st.lists(
-        st.sampled_from([*sorted(FACTS), *FAMILY_OF, "is", "and", "The", ".", ",", "it", "fool", "enjoy"])
-    )
-)
+@given(st.lists(st.sampled_from([*sorted(FACTS), *FAMILY_OF, "is", "and", "The", ".", ",", "it", "fool", "enjoy"])))
 @settings(max_examples=200, deadline=None)
 def test_word_salad_never_beats_the_best_note(words: list[str]):
     judged = room.utility(PROMPT, " ".join(words))
     assert judged.total <= 3.5
-    assert judged.coverage * 3 <= len({"smoky", "tender", "mild"} & set(words))
+    assert judged.coverage * 3 <= len({"tastes smoky", "feels tender", "comes warm"} & set(words))
 
 
 def test_every_sentence_of_the_grammar_is_sound_and_of_one_manner():
@@ -106,11 +88,12 @@ def test_every_sentence_of_the_grammar_is_sound_and_of_one_manner():
 
 
 def test_facts_and_dishes_share_no_word():
-    words_of_dishes = {word for dish in FAMILY_OF for word in dish.split()}
-    assert not words_of_dishes & FACTS
+    of_dishes, of_facts = ({word for name in names for word in name.split()} for names in (FAMILY_OF, FACTS))
+    assert not of_dishes & of_facts
     assert all(len(dish.split()) == 2 for dish in FAMILY_OF)
     assert set(DISHES) == set(FACTS_OF)
-    assert not any(fact[0] in "aeiou" for fact in FACTS)
+    assert all(len(fact.split()) == 2 for fact in FACTS)
+    assert not any(dish[0] in "aeiou" for dish in FAMILY_OF), "notes say `a` before a dish"
 
 
 def test_score_is_the_utility_of_each_row_and_refuses_unequal_lists():
@@ -120,9 +103,7 @@ def test_score_is_the_utility_of_each_row_and_refuses_unequal_lists():
 
 
 def test_describe_averages_the_parts():
-    summary = room.describe(
-        [(PROMPT, GOOD), (PROMPT, GOOD), (PROMPT, ""), (PROMPT, " The lentil stew is vegan.")]
-    )
+    summary = room.describe([(PROMPT, GOOD), (PROMPT, GOOD), (PROMPT, ""), (PROMPT, " The lentil stew tastes mild.")])
     assert summary["coverage"] == pytest.approx(0.5)
     assert summary["invented"] == pytest.approx(0.25)
     assert summary["ended"] == pytest.approx(0.75)
@@ -164,7 +145,9 @@ def test_a_prompt_says_what_its_columns_say():
         assert isinstance(record, Prompt)
         assert room.asked(str(record.prompt)) == (record.columns["dish"], record.columns["facts"])
         assert 1 <= len(record.columns["facts"]) <= 3
-        assert set(record.columns["facts"]) <= set(FACTS_OF[FAMILY_OF[record.columns["dish"]]])
+        known = FACTS_OF[FAMILY_OF[record.columns["dish"]]]
+        assert all(fact in known[fact.split()[0]] for fact in record.columns["facts"])
+        assert len({fact.split()[0] for fact in record.columns["facts"]}) == len(record.columns["facts"])
 
 
 def test_flaws_come_at_their_stated_rates():
@@ -174,19 +157,19 @@ def test_flaws_come_at_their_stated_rates():
     assert summary["ended"] == pytest.approx(1 - stated.cut, abs=0.02)
     assert summary["invented"] == pytest.approx(stated.invent, abs=0.03)
     assert summary["rude"] == pytest.approx(stated.rude * (1 - stated.cut), abs=0.02)
-    assert summary["coverage"] == pytest.approx(1 - stated.forget, abs=0.04)
+    unspoilt = 1 - stated.slip / 2 - stated.cut / 2
+    assert summary["coverage"] == pytest.approx((1 - stated.forget) * unspoilt, abs=0.03)
     assert summary["rambles"] == pytest.approx(stated.ramble, abs=0.04)
     assert summary["repeats"] == pytest.approx(stated.repeat, abs=0.04)
     assert summary["distinct"] > 0.97
 
 
 def test_notes_are_short_and_varied():
-    rows = [
-        str(r.completion) for r in room.records("demonstrations", 4000, 2) if isinstance(r, Demonstration)
-    ]
+    rows = [str(r.completion) for r in room.records("demonstrations", 4000, 2) if isinstance(r, Demonstration)]
     lengths = sorted(len(note.split()) for note in rows)
     assert lengths[int(0.99 * len(lengths))] <= 40
-    shapes = Counter(" ".join("_" if w.strip(".,") in FACTS else w for w in note.split()) for note in rows)
+    adjectives = {fact.split()[1] for fact in FACTS}
+    shapes = Counter(" ".join("_" if w.strip(".,") in adjectives else w for w in n.split()) for n in rows)
     assert len(shapes) > 2000
     assert 200 <= len({w.strip(".,") for note in rows for w in note.split()}) <= 800
 
@@ -211,9 +194,7 @@ def test_preferences_follow_bradley_terry_at_the_stated_temperature():
 
 def test_rankings_are_plackett_luce():
     """The best of K wins with probability softmax(u / T): its mean surprise equals the mean entropy."""
-    rows = [
-        r for r in room.records("rankings", 2500, 1, answers=5, temperature=1.0) if isinstance(r, Ranking)
-    ]
+    rows = [r for r in room.records("rankings", 2500, 1, answers=5, temperature=1.0) if isinstance(r, Ranking)]
     surprise, entropy = [], []
     for row in rows:
         assert sorted(row.ranks) == list(range(5))
@@ -281,9 +262,7 @@ def test_a_correction_is_perfect_and_its_spans_hold_every_new_word():
             end_before = end
         kept.append(corrected[end_before:])
         words = iter(original.split())
-        assert all(word in words for piece in kept for word in piece.split()), (
-            "what is kept comes from the original"
-        )
+        assert all(word in words for piece in kept for word in piece.split()), "what is kept comes from the original"
 
 
 def test_corrections_of_faultless_writers_end_instead_of_searching_for_ever():

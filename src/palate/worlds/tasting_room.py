@@ -60,27 +60,27 @@ class Room(Settings):
 
     split: Literal["train", "test"] = "train"
     """Which side of the prompt space is drawn from: a tenth of all (dish, facts) is test for any seed."""
-    forget: float = Field(0.2, ge=0, le=1)
+    forget: float = Field(default=0.2, ge=0, le=1)
     """Chance that a fact is left out, per fact."""
-    invent: float = Field(0.3, ge=0, le=1)
+    invent: float = Field(default=0.3, ge=0, le=1)
     """Chance that a fact nobody asked for is stated."""
-    polite: float = Field(0.4, ge=0, le=1)
+    polite: float = Field(default=0.4, ge=0, le=1)
     """Chance of a courteous last sentence, where the note is not rude."""
-    rude: float = Field(0.2, ge=0, le=1)
+    rude: float = Field(default=0.2, ge=0, le=1)
     """Chance of a rude last sentence."""
-    ramble: float = Field(0.12, ge=0, le=1)
+    ramble: float = Field(default=0.12, ge=0, le=1)
     """Chance of a sentence about something else."""
-    repeat: float = Field(0.1, ge=0, le=1)
+    repeat: float = Field(default=0.1, ge=0, le=1)
     """Chance that a sentence is said twice."""
-    slip: float = Field(0.05, ge=0, le=1)
+    slip: float = Field(default=0.05, ge=0, le=1)
     """Chance of a slip of the pen: a word dropped, doubled or swapped with its neighbour."""
-    cut: float = Field(0.05, ge=0, le=1)
+    cut: float = Field(default=0.05, ge=0, le=1)
     """Chance that the note breaks off before its end."""
-    temperature: float = Field(0.5, gt=0)
+    temperature: float = Field(default=0.5, gt=0)
     """Noise of the raters: they prefer A to B with probability sigmoid((u(A) − u(B)) / temperature)."""
     position_bias: float = 0.0
     """Added to the log-odds of the answer shown first (pairs only)."""
-    answers: int = Field(4, ge=2, le=16)
+    answers: int = Field(default=4, ge=2, le=16)
     """Answers per prompt in rankings (K)."""
     threshold: float = 1.0
     """Utility at which a thumb goes up half of the time."""
@@ -138,8 +138,9 @@ def _prompt(split: str, rng: np.random.Generator) -> Prompt:
     while True:
         number, which = rng.random(2)
         dish = _pick(_DISHES, which)
-        known = FACTS_OF[FAMILY_OF[dish]]
-        facts = [known[i] for i in np.argsort(rng.random(len(known)))[: 1 + (number > 0.15) + (number > 0.5)]]
+        verbs = list(FACTS_OF[FAMILY_OF[dish]].values())
+        order = np.argsort(rng.random(len(verbs)))[: 1 + (number > 0.15) + (number > 0.5)]
+        facts = [_pick(verbs[i], rng.random()) for i in order]
         if split == ("train" if key("tasting room split", dish, *sorted(facts)) % 10 else "test"):
             return Prompt(f"Dish: {dish}. Facts: {', '.join(facts)}.\nNote:", {"dish": dish, "facts": facts})
 
@@ -149,7 +150,7 @@ def _flaws(room: Room, prompt: Prompt, draw_N: _Draw) -> _Flaws:
     asked_for, dish = prompt.columns["facts"], prompt.columns["dish"]
     facts = [f for f, u in zip(asked_for, draw_N, strict=False) if u >= room.forget]
     if draw_N[3] < room.invent:
-        others = [f for f in FACTS_OF[FAMILY_OF[dish]] if f not in asked_for]
+        others = [f for known in FACTS_OF[FAMILY_OF[dish]].values() for f in known if f not in asked_for]
         facts.insert(int(draw_N[4] * (len(facts) + 1)), _pick(others, draw_N[5]))
     closing = "rude" if draw_N[6] < room.rude else "polite" if draw_N[7] < room.polite else "none"
     wrong = draw_N[8:12] < (room.ramble, room.repeat, room.slip, room.cut)
@@ -220,9 +221,7 @@ def _notes(room: Room, prompt: Prompt, rng: np.random.Generator, number: int) ->
         notes[_note(room, prompt, rng)] = None
         if len(notes) == number:
             return tuple(notes)
-    raise PalateError(
-        f"world tasting_room: these rates leave fewer than {number} different notes. Raise some."
-    )
+    raise PalateError(f"world tasting_room: these rates leave fewer than {number} different notes. Raise some.")
 
 
 def _values(prompt: Prompt, notes: Sequence[str]) -> _Draw:
@@ -324,9 +323,7 @@ def ceiling(comparisons: Sequence[Record], temperature: float = 0.5, position_bi
             best.append(max(p, 1 - p))
             right.append(0.5 + 0.5 * float(np.sign(value_K[better] - value_K[worse])))
     if not best:
-        raise PalateError(
-            "world tasting_room: a ceiling needs pairs or rankings. Give records of such a shape."
-        )
+        raise PalateError("world tasting_room: a ceiling needs pairs or rankings. Give records of such a shape.")
     return Ceiling(float(np.mean(best)), float(np.mean(right)), len(best))
 
 

@@ -127,12 +127,11 @@ def describe(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
 
 
 def _tokens(text: str) -> list[str]:
-    """Lower-case words and single signs; the two words of a dish become one token."""
-    words = _TOKEN.findall(text.lower())
+    """Lower-case words and single signs; the two words of a dish or of a fact become one token."""
     tokens: list[str] = []
-    for word in words:
+    for word in _TOKEN.findall(text.lower()):
         joined = f"{tokens[-1]} {word}" if tokens else ""
-        if joined in FAMILY_OF:
+        if joined in FAMILY_OF or joined in FACTS:
             tokens[-1] = joined
         else:
             tokens.append(word)
@@ -181,8 +180,8 @@ _NEIGHBOURS = _neighbours()
 
 
 def _sound(sentence: tuple[str, ...], faults: int) -> bool:
-    """Whether a sentence may state facts: nearly free of faults, and more than a list of them."""
-    return faults <= 1 and sum(token[0].isalpha() and token not in FACTS for token in sentence) >= 3
+    """Whether a sentence may state facts: it begins as one of the room's does and is nearly free of faults."""
+    return faults <= 1 and ("<start>", _kind(sentence[0])) in _NEIGHBOURS
 
 
 def _faults(sentence: tuple[str, ...]) -> int:

@@ -1,51 +1,58 @@
 """The words of the tasting room: dishes, facts and the sentences a note is made of.
 
-A sentence is a template with slots: `{d}` the dish, `{a}` `{b}` `{c}` facts, `{v}` an adverb. Every fact is
-an adjective that begins with a consonant and fits every slot, so a note reuses the exact words of the
-prompt.
+A fact is a verb and an adjective, said in a note exactly as its prompt says it: `tastes smoky`. A sentence is a
+template with slots: `{d}` the dish, `{a}` `{b}` `{c}` facts, `{v}` an adverb.
 """
 
 from __future__ import annotations
 
-_ANYWHERE = "warm light rich fresh simple mild bold delicate balanced fragrant seasonal homemade"
-_SAVOURY = "smoky salty peppery garlicky spicy savoury herby tangy hearty lemony mustardy roasted vegan"
-_SWEET = "fruity honeyed syrupy nutty zesty minty gingery buttery malty floral tart milky chocolatey"
-_CRISP = "crisp crunchy flaky crumbly golden brittle thin toasted"
-_SOFT = "creamy silky velvety smooth thick tender moist juicy fluffy chewy sticky dense plump"
-
-
-def _words(*groups: str) -> tuple[str, ...]:
-    return tuple(word for group in groups for word in group.split())
-
-
-FACTS_OF: dict[str, tuple[str, ...]] = {
-    "soup": _words(_ANYWHERE, _SAVOURY, _SOFT),
-    "stew": _words(_ANYWHERE, _SAVOURY, _SOFT),
-    "pie": _words(_ANYWHERE, _SAVOURY, _CRISP),
-    "salad": _words(_ANYWHERE, _SAVOURY, _CRISP),
-    "curry": _words(_ANYWHERE, _SAVOURY, _SOFT),
-    "cake": _words(_ANYWHERE, _SWEET, _SOFT),
-    "cookie": _words(_ANYWHERE, _SWEET, _CRISP),
-    "pudding": _words(_ANYWHERE, _SWEET, _SOFT),
+_TASTES = {"savoury": "smoky salty spicy tangy mild rich", "sweet": "fruity nutty buttery malty mild rich"}
+_SMELLS = {
+    "savoury": "garlicky herby peppery lemony fresh toasted",
+    "sweet": "minty floral spiced lemony fresh toasted",
 }
-"""The facts that make sense for a family of dishes."""
+_FEELS = {"soft": "creamy silky smooth light thick tender", "crisp": "crunchy flaky dense light thick tender"}
+
+
+def _facts(flavour: str, texture: str) -> dict[str, tuple[str, ...]]:
+    adjectives = {
+        "tastes": _TASTES[flavour],
+        "smells": _SMELLS[flavour],
+        "feels": _FEELS[texture],
+        "looks": "golden bright dark pale rustic glossy",
+        "comes": "warm cold sliced whole boxed garnished",
+    }
+    return {verb: tuple(f"{verb} {word}" for word in words.split()) for verb, words in adjectives.items()}
+
+
+FACTS_OF: dict[str, dict[str, tuple[str, ...]]] = {
+    "soup": _facts("savoury", "soft"),
+    "stew": _facts("savoury", "soft"),
+    "pie": _facts("savoury", "crisp"),
+    "salad": _facts("savoury", "crisp"),
+    "curry": _facts("savoury", "soft"),
+    "cake": _facts("sweet", "soft"),
+    "cookie": _facts("sweet", "crisp"),
+    "pudding": _facts("sweet", "soft"),
+}
+"""The facts that make sense for a family of dishes, by their verb; a guest asks for at most one of each verb."""
 
 DISHES: dict[str, tuple[str, ...]] = {
-    "soup": ("onion soup", "carrot soup", "leek soup", "tomato soup", "pumpkin soup"),
+    "soup": ("mushroom soup", "carrot soup", "leek soup", "tomato soup", "pumpkin soup"),
     "stew": ("lentil stew", "bean stew", "lamb stew", "fish stew", "barley stew"),
     "pie": ("spinach pie", "potato pie", "cheese pie", "chicken pie", "cabbage pie"),
     "salad": ("beet salad", "cucumber salad", "radish salad", "fennel salad", "pepper salad"),
     "curry": ("chickpea curry", "shrimp curry", "tofu curry", "squash curry", "turnip curry"),
-    "cake": ("almond cake", "poppy cake", "apple cake", "sponge cake", "coffee cake"),
-    "cookie": ("plum cookie", "pear cookie", "walnut cookie", "cherry cookie", "oat cookie"),
+    "cake": ("hazelnut cake", "poppy cake", "peach cake", "sponge cake", "coffee cake"),
+    "cookie": ("plum cookie", "pear cookie", "walnut cookie", "cherry cookie", "ginger cookie"),
     "pudding": ("bread pudding", "date pudding", "coconut pudding", "banana pudding", "quince pudding"),
 }
 """The dishes of each family; every name is two words, none of which is a fact."""
 
-FACTS: frozenset[str] = frozenset(fact for facts in FACTS_OF.values() for fact in facts)
 FAMILY_OF: dict[str, str] = {dish: family for family, dishes in DISHES.items() for dish in dishes}
+FACTS: frozenset[str] = frozenset(fact for by_verb in FACTS_OF.values() for facts in by_verb.values() for fact in facts)
 
-ADVERBS = ("wonderfully", "pleasantly", "truly", "very", "really", "nicely", "quite", "surprisingly")
+ADVERBS = ("truly", "really", "always", "simply", "clearly", "certainly", "surely", "indeed")
 
 OPENINGS: tuple[tuple[str, ...], ...] = (
     (
@@ -56,36 +63,36 @@ OPENINGS: tuple[tuple[str, ...], ...] = (
         "The {d} is ready.",
     ),
     (
-        "The {d} is {a}.",
-        "Our {d} is {v} {a}.",
-        "Tonight the {d} is {a}.",
-        "You will find the {d} {v} {a}.",
-        "The {d} tastes {a}.",
-        "This {d} is {a} from the first bite.",
-        "Here comes a {a} {d}.",
-        "We made the {d} {a} for you.",
-        "Expect a {v} {a} {d}.",
-        "The chef calls this {d} {a}.",
+        "The {d} {a}.",
+        "Our {d} {v} {a}.",
+        "Tonight the {d} {a}.",
+        "You will find that the {d} {a}.",
+        "This {d} {a} from the first bite.",
+        "We promise that the {d} {a}.",
+        "The chef says the {d} {a}.",
+        "Here is a {d} that {a}.",
+        "We made a {d} that {v} {a}.",
+        "As ever, our {d} {a}.",
     ),
     (
-        "The {d} is {a} and {b}.",
-        "Our {d} is {v} {a} and {b}.",
-        "Tonight the {d} is {a}, yet {b}.",
-        "You will find the {d} both {a} and {b}.",
-        "The {d} tastes {a} and {v} {b}.",
-        "This {d} is {a} with a {b} finish.",
-        "Here comes a {a} {d} with a {b} side.",
-        "We made the {d} {a} and {b} for you.",
-        "Expect a {a} and {b} {d}.",
-        "The chef calls this {d} {a} but {b}.",
+        "The {d} {a} and {b}.",
+        "Our {d} {v} {a} and {b}.",
+        "Tonight the {d} {a}, yet it {b}.",
+        "You will find that the {d} {a} and {v} {b}.",
+        "This {d} {a} and {b} from the first bite.",
+        "We promise that the {d} {a} and {b}.",
+        "The chef says the {d} {a} but {b}.",
+        "Here is a {d} that {a} and {b}.",
+        "We made a {d} that {a} while it {b}.",
+        "As ever, our {d} {a} and {b}.",
     ),
     (
-        "The {d} is {a}, {b} and {c}.",
-        "Our {d} is {v} {a}, {b} and {c}.",
-        "Tonight the {d} is {a} and {b}, yet {c}.",
-        "You will find the {d} {a}, {b} and {v} {c}.",
-        "This {d} is {a} and {b} with a {c} finish.",
-        "Expect a {a} and {b} {d} with a {c} finish.",
+        "The {d} {a}, {b} and {c}.",
+        "Our {d} {v} {a}, {b} and {c}.",
+        "Tonight the {d} {a} and {b}, yet it {c}.",
+        "You will find that the {d} {a}, {b} and {v} {c}.",
+        "We promise that the {d} {a}, {b} and {c}.",
+        "Here is a {d} that {a} and {b} while it {c}.",
     ),
 )
 """First sentences by the number of facts they state, 0 to 3."""
@@ -93,26 +100,26 @@ OPENINGS: tuple[tuple[str, ...], ...] = (
 FOLLOWINGS: tuple[tuple[str, ...], ...] = (
     (),
     (
-        "It is also {a}.",
-        "It is {v} {a} too.",
-        "The finish is {a}.",
-        "Every bite is {v} {a}.",
-        "At heart it is {a}.",
-        "The last bite stays {a}.",
-        "Guests call it {a}.",
-        "On the tongue it feels {a}.",
-        "You will notice a {a} note.",
-        "There is something {a} about it.",
+        "It also {a}.",
+        "It {v} {a} too.",
+        "Guests agree that it {a}.",
+        "Every bite {a}.",
+        "To the last spoon it {a}.",
+        "You will notice that it {a}.",
+        "As a bonus it {a}.",
+        "And yes, it {a}.",
+        "Better still, it {a}.",
+        "Many say that it {v} {a}.",
     ),
     (
-        "It is also {a} and {b}.",
-        "The finish is {a} and {v} {b}.",
-        "Every bite is {a}, then {b}.",
-        "At heart it is {a} and {b}.",
-        "Guests call it {a} and {b}.",
-        "On the tongue it feels {a}, yet {b}.",
-        "You will notice a {a} and {b} note.",
-        "There is something {a} and {b} about it.",
+        "It also {a} and {b}.",
+        "It {v} {a} and {b} too.",
+        "Guests agree that it {a} and {b}.",
+        "Every bite {a}, and it {b}.",
+        "You will notice that it {a} but {b}.",
+        "As a bonus it {a} and {b}.",
+        "And yes, it {a} while it {b}.",
+        "Better still, it {a} and {v} {b}.",
     ),
 )
 """Second sentences by the number of facts they state, 1 or 2."""
@@ -155,6 +162,4 @@ RAMBLES = (
 )
 
 POLITE_WORDS = frozenset(["enjoy", "please", "hope", "thank", "pleasure", "welcome", "glad"])
-RUDE_WORDS = frozenset(
-    ["leave", "stop", "silly", "away", "anyway", "bother", "hurry", "fool", "fussy", "shut"]
-)
+RUDE_WORDS = frozenset(["leave", "stop", "silly", "away", "anyway", "bother", "hurry", "fool", "fussy", "shut"])
