@@ -12,7 +12,7 @@ from rich.console import Console
 
 from palate.data.source import Data, load
 from palate.live import Display
-from palate.records import Ranking, text_of
+from palate.records import Demonstration, Ranking, Text, text_of
 from palate.run import execute, plan_file
 
 pytestmark = pytest.mark.data
@@ -23,7 +23,6 @@ SHRUNK = (
     "stages.reader.model={hidden_size: 16, layers: 1, heads: 2, vocabulary: 300, context: 448}",
     "stages.reader.data.rows=64",
     "stages.reader.encoding.max_length=32",
-    "stages.polite.encoding={max_length: 48, max_prompt_length: 16, long_prompts: keep_end}",
     *(f"stages.{task}.encoding={{max_length: 48, max_prompt_length: 16, long_prompts: keep_end}}" for task in TASKS),
     *(f"stages.judge_{task}.encoding.max_length=48" for task in TASKS),
     *(f"stages.judge_{task}.encoding.max_prompt_length=16" for task in TASKS),
@@ -57,6 +56,10 @@ def _prompts(records: list[Ranking]) -> set[str]:
     return {text_of(record.prompt) for record in records}
 
 
+def _said(answer: Text) -> str:
+    return answer if isinstance(answer, str) else answer[-1].content
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_training_and_held_side_share_no_prompt_and_lose_no_row(task: str) -> None:
     train, held = _sides(task)
@@ -76,15 +79,21 @@ def test_replies_of_one_tree_stay_on_one_side(palate_data: Path) -> None:
 
 
 def _texts(record: Ranking) -> tuple[str, str]:
-    best, worst = (text_of(record.completions[record.ranks.index(rank)]) for rank in (0, 1))
+    best, worst = (_said(record.completions[record.ranks.index(rank)]) for rank in (0, 1))
     return best, worst
+
+
+def _reading() -> list[Demonstration]:
+    records = load(_stages()["reader"].data, 1, "all")
+    return [record for record in records if isinstance(record, Demonstration)]
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_reader_never_saw_a_held_answer(task: str) -> None:
     """Verbatim, and of more than a greeting's length: people greet alike."""
-    said = {text_of(record.completion).strip() for record in load(_stages()["reader"].data, 1, "all")}
-    held = {text_of(answer).strip() for record in _sides(task)[1] for answer in record.completions}
+    said = {_said(record.completion).strip() for record in _reading()}
+    assert len(said) > 1000
+    held = {_said(answer).strip() for record in _sides(task)[1] for answer in record.completions}
     assert not {text for text in held if len(text) > 60} & said
 
 
