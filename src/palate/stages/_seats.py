@@ -61,6 +61,16 @@ def files(*models: Any) -> list[str]:
     return [str(f) for folder in folders if folder.is_dir() for f in sorted(folder.glob("*")) if f.is_file()]
 
 
+def judges(*rewards: Any) -> list[str]:
+    """The models named inside rewards, those of mixtures included."""
+    found: list[str] = []
+    for reward in rewards:
+        model = getattr(reward, "model", None)
+        found += [model] if isinstance(model, str) else []
+        found += judges(*getattr(reward, "rewards", ()))
+    return found
+
+
 def open_model(model: str | Make, here: Workspace, role: str, how: Loading, texts: Iterable[str] = ()) -> Loaded:
     """The model a stage starts from; `role` decides what it must be able to do."""
     if isinstance(model, Make):

@@ -86,7 +86,7 @@ class Stage(Choice):
     def files(self) -> list[str]:
         """Files whose content counts for the cache."""
         data = [file for source in (self.prompts, self.comparisons) if source for file in source.files()]
-        return data + _seats.files(*self.models.values())
+        return data + _seats.files(*self.models.values(), *_seats.judges(*self.rewards.values()))
 
     @property
     def true_reward(self) -> str | None:

@@ -113,7 +113,8 @@ class Stage(Choice):
 
     def files(self) -> list[str]:
         """Files whose content counts for the cache."""
-        return self.prompts.files() + _seats.files(self.model, self.value_model)
+        judges = _seats.judges(self.reward, self.watch)
+        return self.prompts.files() + _seats.files(self.model, self.value_model, *judges)
 
     def run(self, here: Workspace) -> None:
         """Sample, score, learn; save the policy."""

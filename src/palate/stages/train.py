@@ -81,7 +81,9 @@ class Stage(Choice):
 
     def files(self) -> list[str]:
         """Files whose content counts for the cache."""
-        return self.data.files() + _seats.files(self.model)
+        scale = self.normalise or Normalise()
+        data = [file for source in (self.data, scale.data) if source for file in source.files()]
+        return data + _seats.files(self.model, scale.model)
 
     def run(self, here: Workspace) -> None:
         """Train, measure, save the model."""
