@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import accumulate
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -78,6 +80,19 @@ def test_captured_logp_is_what_teacher_forcing_says(architecture: Architecture, 
         start = len(prompts(12)[row])
         torch.testing.assert_close(rows.logp_BT[row][rows.action_BT[row]], expected[start - 1 :], atol=1e-5, rtol=0)
     assert bool((rows.logp_BT[~rows.action_BT] == 0).all())
+
+
+def test_answers_are_those_of_a_sampler_that_knows_one_row_and_one_token() -> None:
+    """Token by token without cache or batch: the first id whose cumulative probability exceeds the uniform number."""
+    rows = engine(7, temperature=0.9).generate(prompts(20), keys(20))
+    for asked, answer, key in zip(prompts(20), answers(rows), keys(20), strict=True):
+        said: list[int] = []
+        while len(said) < 12 and tiny().tokenizer.end not in said:
+            probability = (full_logits(tiny(), [*asked, *said])[-1].double() / 0.9).softmax(-1).tolist()
+            uniform = float(randomness.uniforms(np.array([key], dtype=np.uint64), len(said))[0])
+            sums = accumulate(probability)
+            said.append(next(token for token, below in enumerate(sums) if below > uniform))
+        assert answer == said
 
 
 def test_an_answer_does_not_depend_on_the_batch_around_it() -> None:
@@ -154,15 +169,18 @@ def test_fixed_length_never_stops() -> None:
 
 
 def test_no_end_before_the_minimum_length() -> None:
-    free = engine().generate(prompts(100), keys(100))
+    """A fifth of the vocabulary ends an answer: the shortest are exactly six other tokens and an end."""
+    ends = tuple(range(10, 70))
+    free = engine(stop_token_ids=ends).generate(prompts(60), keys(60))
     assert int(free.length_B.min()) < 6, "the test needs answers that would end early"
-    rows = engine(min_new_tokens=6).generate(prompts(100), keys(100))
-    assert int(rows.length_B.min()) >= 7
+    rows = engine(stop_token_ids=ends, min_new_tokens=6).generate(prompts(60), keys(60))
+    assert int(rows.length_B.min()) == 7
+    start = len(prompts(1)[0])
     ids = rows.tokens_BT[0][rows.real_BT[0]].tolist()
-    logits_V = full_logits(tiny(), ids[: len(prompts(1)[0])])[-1]
-    logits_V[tiny().tokenizer.end] = float("-inf")
+    logits_V = full_logits(tiny(), ids[:start])[-1]
+    logits_V[[*ends, tiny().tokenizer.end]] = float("-inf")
     first = rows.logp_BT[0][rows.action_BT[0]][0]
-    assert float(first) == pytest.approx(float(logits_V.log_softmax(-1)[ids[len(prompts(1)[0])]]), abs=1e-5)
+    assert float(first) == pytest.approx(float(logits_V.log_softmax(-1)[ids[start]]), abs=1e-5)
 
 
 @pytest.mark.parametrize("cut", [{"top_k": 4}, {"top_p": 0.6}])
