@@ -84,9 +84,7 @@ class CheckpointStore:
                 damaged += 1
                 self._warn(f"checkpoint {folder} is skipped: {why}.")
         if damaged:
-            self._warn(
-                f"none of the {damaged} checkpoints in {self.folder} is whole; starting from the beginning."
-            )
+            self._warn(f"none of the {damaged} checkpoints in {self.folder} is whole; starting from the beginning.")
         return None
 
     def prune(self, keep: int) -> None:
@@ -126,9 +124,7 @@ class CheckpointStore:
 
     def _why_not_saved(self, step: int, fault: Exception) -> str:
         kept = self.steps()
-        safe = (
-            f"The checkpoint of step {kept[0]} is untouched." if kept else "There is no earlier checkpoint."
-        )
+        safe = f"The checkpoint of step {kept[0]} is untouched." if kept else "There is no earlier checkpoint."
         full = isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT)
         what = "the disk is full" if full or "No space left" in str(fault) else str(fault)
         return (
