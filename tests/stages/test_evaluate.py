@@ -75,7 +75,7 @@ def test_two_models_on_the_same_prompts(tmp_path: Path, models: dict[str, str]) 
     duel = after["win_rate"]["gold"]
     assert duel["wins"] + duel["ties"] + duel["losses"] == 12
     assert after["kl"]["answers"] == 12
-    assert after["kl"]["mean"] > 0
+    assert after["kl"]["mean"] != 0  # a sampled estimate between two untrained models: small, of either sign
     assert after["text"]["length_max"] <= 8
     assert 0 <= after["world"]["coverage"] <= 1
     page = found["reward_models"]["length"]
