@@ -66,6 +66,15 @@ class Cast:
         logp_BT, entropy_BT = _speech(seat.trunk, _hidden(seat, batch), batch, temperature, entropy)
         return (logp_BT, entropy_BT) if entropy else logp_BT
 
+    def recital(self, role: str, batch: Tokens) -> tuple[Tensor, Tensor, Tensor]:
+        """(logp_BT, entropy_BT, likeliest_BT) of given text: the last says where the token was the likeliest one."""
+        seat = self.seat(role)
+        asked_BT, tokens_N, every_NV = _rows(seat.trunk, _hidden(seat, batch), batch, 1.0)
+        logp_BT = _place(asked_BT, every_NV.gather(-1, tokens_N[:, None])[:, 0])
+        seen_NV = every_NV.detach()
+        entropy_BT = _place(asked_BT, -(seen_NV.exp() * seen_NV).sum(-1))
+        return logp_BT, entropy_BT, _place(asked_BT, seen_NV.argmax(-1) == tokens_N)
+
     def values(self, role: str, batch: Tokens) -> Tensor:
         """Value B×T of the state before each token: the head's output on the token before, 0 where there is none.
 
@@ -154,20 +163,28 @@ def _before(state_BT: Tensor) -> Tensor:
     return state_BT[:, :-1]
 
 
+def _rows(trunk: Trunk, hidden_BTD: Tensor, batch: Tokens, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(asked_BT, tokens_N, every_NV): which cells have a log-probability, their tokens, and every token's there."""
+    asked_BT = batch.action_BT & (position_ids(batch.real_BT) > 0)
+    speaking_BS = asked_BT[:, 1:]
+    logits_NV = trunk.logits(_before(hidden_BTD)[speaking_BS])[:, : trunk.vocabulary] / temperature
+    return asked_BT, batch.tokens_BT[:, 1:][speaking_BS], logits_NV.log_softmax(-1)
+
+
+def _place(asked_BT: Tensor, x_N: Tensor) -> Tensor:
+    """Numbers of the asked cells at their places, zeros elsewhere."""
+    return x_N.new_zeros(asked_BT.shape).masked_scatter(asked_BT, x_N)
+
+
 def _speech(
     trunk: Trunk, hidden_BTD: Tensor, batch: Tokens, temperature: float, entropy: bool
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities B×T of the action tokens and, if asked, entropies B×T; zeros elsewhere."""
-    asked_BT = batch.action_BT & (position_ids(batch.real_BT) > 0)
-    speaking_BS = asked_BT[:, 1:]
-    logits_NV = trunk.logits(_before(hidden_BTD)[speaking_BS])[:, : trunk.vocabulary] / temperature
-    every_NV = logits_NV.log_softmax(-1)
-    logp_N = every_NV.gather(-1, batch.tokens_BT[:, 1:][speaking_BS][:, None])[:, 0]
-    nothing_BT = logp_N.new_zeros(asked_BT.shape)
-    logp_BT = nothing_BT.masked_scatter(asked_BT, logp_N)
+    asked_BT, tokens_N, every_NV = _rows(trunk, hidden_BTD, batch, temperature)
+    logp_BT = _place(asked_BT, every_NV.gather(-1, tokens_N[:, None])[:, 0])
     if not entropy:
-        return logp_BT, nothing_BT
-    return logp_BT, nothing_BT.masked_scatter(asked_BT, -(every_NV.exp() * every_NV).sum(-1))
+        return logp_BT, torch.zeros_like(logp_BT)
+    return logp_BT, _place(asked_BT, -(every_NV.exp() * every_NV).sum(-1))
 
 
 def _values(head: ScalarHead, hidden_BTD: Tensor, batch: Tokens) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterable, Mapping
 from importlib import import_module
@@ -141,7 +142,7 @@ def override(given: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any
 
     A stage may be named by its number (from 0) or by its `name`. Values are read as YAML.
     """
-    result = cast(dict[str, Any], yaml.safe_load(yaml.safe_dump(given)))
+    result = copy.deepcopy(given)
     for assignment in assignments:
         path, equals, value = assignment.partition("=")
         if not equals or not path:

@@ -27,7 +27,7 @@ class Algorithm(Choice):
 
     def loss(self, cast: Cast, batch: Examples) -> Loss:
         """−log p of the trained tokens, EOS included, prompt and padding never (unless asked to be trained)."""
-        logp_BT, entropy_BT = cast.logp("policy", batch, entropy=True)
+        logp_BT, entropy_BT, likeliest_BT = cast.recital("policy", batch)
         nll_BT = cross_entropy(logp_BT, batch.action_BT)
         tokens_B = batch.action_BT.sum(-1)
         if self.average == "token":
@@ -35,4 +35,5 @@ class Algorithm(Choice):
         else:
             term = Term((nll_BT.sum(-1) / tokens_B.clamp(min=1)).sum(), per="rows")
         count = float(tokens_B.sum())
-        return Loss({"loss": term}, {"entropy": Mean(entropy_BT.detach().sum(), count)})
+        accuracy = Mean(likeliest_BT.sum().float(), count)
+        return Loss({"loss": term}, {"entropy": Mean(entropy_BT.sum(), count), "mean_token_accuracy": accuracy})

@@ -42,6 +42,8 @@ class Make(Settings):
     """Most ids the tokenizer may have: 256 bytes, three special tokens, and what training on the texts merges."""
     rope_theta: float = Field(default=10000.0, gt=0)
     """Base of the rotary position frequencies, for the families that use them."""
+    initializer_range: float = Field(default=0.02, gt=0)
+    """Standard deviation of fresh weights; small models learn to copy sooner from 0.05 to 0.1."""
     tie: bool = True
     """Use the embedding table as the language-model head too."""
 
@@ -75,6 +77,7 @@ def _config(settings: Make, tokenizer: Tokenizer) -> Any:
         "num_hidden_layers": s.layers,
         "num_attention_heads": s.heads,
         "tie_word_embeddings": s.tie,
+        ("init_std" if s.architecture == "opt" else "initializer_range"): s.initializer_range,
         "bos_token_id": tokenizer.bos,
         "eos_token_id": tokenizer.eos,
         "pad_token_id": tokenizer.pad,

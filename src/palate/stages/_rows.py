@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from palate.batches import Rows
@@ -51,6 +52,12 @@ def prompts(
     if found.left_out:
         here.warn(found.summary)
     return found.rows
+
+
+def enough(prompts: list[PromptRow], count: int) -> list[PromptRow]:
+    """The prompts, repeated until there are `count`; a repetition has a key of its own, so its answer is another."""
+    turns = -(-count // len(prompts))
+    return [replace(p, key=f"{p.key}+{turn}") if turn else p for turn in range(turns) for p in prompts]
 
 
 def length(row: Row) -> int:

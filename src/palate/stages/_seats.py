@@ -45,11 +45,6 @@ def data(given: Any) -> Any:
     return {"path": given} if isinstance(given, str) else given
 
 
-def reward(given: Any) -> Any:
-    """A path alone is the reward model in that folder."""
-    return {"kind": "model", "model": given} if isinstance(given, str) else given
-
-
 def references(*models: Any) -> list[str]:
     """The earlier stages named among some models."""
     return named_stages(model for model in models if isinstance(model, str))

@@ -84,11 +84,6 @@ class Stage(Choice):
     def _prompts(cls, given: Any) -> Any:
         return _seats.data(given)
 
-    @field_validator("reward", "watch", mode="before")
-    @classmethod
-    def _reward(cls, given: Any) -> Any:
-        return _seats.reward(given)
-
     @model_validator(mode="after")
     def _fits(self) -> Stage:
         _seats.as_value_error(lambda: require_full_support(self.sampling, "sampling"))
@@ -140,9 +135,10 @@ class _Loop:
         room = self.loaded.trunk.context - stage.sampling.max_new_tokens
         self.prompts = _rows.prompts(records, self.loaded.tokenizer, stage.encoding, room, here)
         self.engine = _seats.engine(self.cast, self.loaded.tokenizer, stage.sampling, records)
-        self.per_rollout = min(stage.rollout_batch_size // self.algorithm.group, len(self.prompts))
+        per_rollout = stage.rollout_batch_size // self.algorithm.group
+        self.prompts = _rows.enough(self.prompts, per_rollout)
         lengths = [len(p.tokens) for p in self.prompts]
-        self.order = Order(lengths, self.per_rollout, False, (here.seed, stage.name))
+        self.order = Order(lengths, per_rollout, False, (here.seed, stage.name))
         self.stepper = step.Stepper(self.cast.parameters(self.algorithm.trains), stage.optimiser, here.world)
         self.memory = self.algorithm.memory()
         self.last: dict[str, float] = {}

@@ -131,6 +131,7 @@ class _Training:
         self.steps = stage.max_steps or self.order.per_epoch * stage.num_train_epochs
         self.stepper = step.Stepper(cast.parameters(algorithm.trains), stage.optimiser, here.world)
         self.last: dict[str, float] = {}
+        self.tokens = 0.0
         self.done = self._resume()
 
     def _resume(self) -> int:
@@ -140,7 +141,7 @@ class _Training:
         number, tensors, state = found
         self.cast.restore(_part(tensors, "model/"))
         self.stepper.restore(_part(tensors, "optimiser/"))
-        self.last = dict(state["metrics"])
+        self.last, self.tokens = dict(state["metrics"]), float(state["tokens"])
         self.here.resume(number)
         return number
 
@@ -168,7 +169,8 @@ class _Training:
             return self.algorithm.loss(self.cast, part)
 
         seen = self.stepper.step(batch, loss, self.stage.microbatch_size, rate)
-        return {**seen, "epoch": number / self.order.per_epoch}
+        self.tokens += batch.counts()["tokens"]
+        return {**seen, "epoch": number / self.order.per_epoch, "num_tokens": self.tokens}
 
     def _held(self, number: int) -> dict[str, float]:
         every = self.stage.eval_steps
@@ -185,7 +187,7 @@ class _Training:
     def _save(self, number: int) -> None:
         tensors: dict[str, Tensor] = {f"model/{k}": v for k, v in self.cast.state(self.algorithm.trains).items()}
         tensors |= {f"optimiser/{k}": v for k, v in self.stepper.state().items()}
-        self.here.store.save(number, tensors, {"metrics": self.last})
+        self.here.store.save(number, tensors, {"metrics": self.last, "tokens": self.tokens})
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
