@@ -86,6 +86,7 @@ _WORLD = (
 
 SHRUNK: dict[str, tuple[str, ...]] = {
     "tasting_room": _WORLD,
+    "reward_hacking": _WORLD,
     "presets/lm_human_preferences_sentiment": _BOOKS,
     "presets/lm_human_preferences_descriptiveness": _BOOKS,
     "presets/lm_human_preferences_cnndm": (
