@@ -32,7 +32,8 @@ def test_the_tour_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def test_every_command_it_names_is_a_verb() -> None:
     listed = CliRunner().invoke(main, ["--help"]).output
-    shell = "".join(re.findall(r"```\n(.*?)```", README, re.DOTALL))
+    blocks = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+    shell = "".join(text for language, text in blocks if not language)
     verbs = set(re.findall(r"^palate (\w+)", shell, re.MULTILINE))
     assert len(verbs) >= 5
     for verb in verbs:
