@@ -87,6 +87,12 @@ CASES: dict[str, tuple[Any, str]] = {
         lambda m, d: ppo(m, str(d), SHORT, sampling={"top_p": 0.9}),
         r"sampling\.top_p: 0\.9 draws from a part of the vocabulary",
     ),
+    "a penalty that no answer can escape": (
+        lambda m, d: ppo(
+            m, str(d), SHORT, sampling={"max_new_tokens": 4, "fixed_length": True}, shaping={"missing_eos_penalty": -1}
+        ),
+        r"stages\.0: shaping\.missing_eos_penalty: fixed_length answers never end",
+    ),
     "reward function with the wrong count": (
         lambda m, d: ppo(m, str(d), {"kind": "function", "function": too_few}),
         r"(?s)too_few.*1 .*4",

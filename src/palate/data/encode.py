@@ -69,12 +69,16 @@ class TokenRow:
 
 @dataclass(frozen=True)
 class PromptRow:
-    """A prompt to sample answers for. `key` names its random numbers; `text` is what rewards and people read."""
+    """A prompt to sample answers for. `key` names its random numbers; `text` is what rewards and people read.
+
+    `said` is the prompt in record form, where turns of a conversation stay turns.
+    """
 
     tokens: list[int]
     key: str
     text: str
     columns: Mapping[str, Any]
+    said: Text = ""
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,7 @@ def encode_prompts(
         name = fingerprint(tokens)
         seen[name] += 1
         key = name if seen[name] == 1 else f"{name}#{seen[name]}"
-        return PromptRow(tokens, key, text, record.columns)
+        return PromptRow(tokens, key, text, record.columns, record.prompt or text)
 
     return _each(records, one)
 

@@ -49,7 +49,7 @@ class Judging:
     ) -> tuple[Scored, dict[str, float]]:
         """The verdict on each answer, and metrics of what each reward said. `prompts` are those asked."""
         judged = self._cut(rollouts)
-        answers = answers_of(judged, prompts, self.tokenizer)
+        answers = answers_of(judged, prompts, self.tokenizer, [p.said or p.text for p in prompts])
         verdict = shape(self.reward.score(answers), answers, self.shaping)
         parts = dict(verdict.parts)
         if self.watch is not None:

@@ -87,6 +87,8 @@ class Stage(Choice):
     @model_validator(mode="after")
     def _fits(self) -> Stage:
         _seats.as_value_error(lambda: require_full_support(self.sampling, "sampling"))
+        if self.sampling.fixed_length and self.truncation is None and self.shaping.missing_eos_penalty is not None:
+            raise ValueError("shaping.missing_eos_penalty: fixed_length answers never end, so every one would get it.")
         algorithm: Online = self.algorithm  # pyright: ignore[reportAssignmentType]
         for parts, what in ((algorithm.minibatches, "minibatches"), (algorithm.group, "answers a prompt")):
             if self.rollout_batch_size % parts:
