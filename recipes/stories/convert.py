@@ -107,9 +107,8 @@ def tokenizer_from(path: Path, vocabulary: int) -> PreTrainedTokenizerFast:
         models.BPE(vocab, [(a, b) for *_, a, b in sorted(merges)], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
     )
     inner.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
-    inner.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    # The space before a text's first word is kept, so that a prompt's text and its answer's can simply be joined.
+    inner.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     return PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
