@@ -44,7 +44,9 @@ def metrics_page() -> str:
 def formats_page() -> str:
     """Every data format, the columns it is known by, and what it means."""
     rows = [(f"`{name}`", f"`{columns}`", meaning) for name, columns, meaning in catalogue()]
-    head = "# Data formats\n\nWritten from the code by `make docs`. Told apart by their columns, or named by `format`.\n\n"
+    head = (
+        "# Data formats\n\nWritten from the code by `make docs`. Told apart by their columns, or named by `format`.\n\n"
+    )
     return head + table(("format", "columns", "what it is"), rows) + "\n"
 
 

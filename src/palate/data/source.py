@@ -106,6 +106,11 @@ class Data(Settings):
     pair_labels: bool = False
     """Make preference pairs of thumbs up and thumbs down for the same prompt, on each side of the split by itself."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _a_path_alone(cls, given: Any) -> Any:
+        return {"path": given} if isinstance(given, str) else given
+
     @model_validator(mode="after")
     def _one_origin(self) -> Data:
         if (self.path is None) == (not self.mixture):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from palate import credit
 from palate.batches import Tokens
@@ -15,6 +16,7 @@ from palate.data.collate import examples
 from palate.data.encode import Encoding, encode_demonstrations, encode_prompts
 from palate.data.source import Data, load
 from palate.engines.engine import Sampling
+from palate.engines.local import LocalEngine
 from palate.models.load import Loaded, Loading
 from palate.randomness import key
 from palate.records import Record
@@ -48,74 +50,59 @@ class Normalise(Settings):
     std: float | None = Field(default=1.0, gt=0)
     """The standard deviation they get; none leaves the scale and only shifts (TL;DR work)."""
 
-    @field_validator("data", mode="before")
-    @classmethod
-    def _data(cls, given: Any) -> Any:
-        return _seats.data(given)
+
+@dataclass(frozen=True)
+class Scale:
+    """What normalising needs of its stage: who is judged by whom, from which data, read how."""
+
+    cast: Cast
+    judge: Loaded
+    start: str | None
+    records: Sequence[Record]
+    encoding: Encoding
+    loading: Loading
+    here: Workspace
 
 
-def normalise(
-    asked: Normalise,
-    cast: Cast,
-    judge: Loaded,
-    start: str | None,
-    records: Sequence[Record],
-    encoding: Encoding,
-    here: Workspace,
-    how: Loading,
-) -> tuple[float, float]:
+def normalise(asked: Normalise, scale: Scale) -> tuple[float, float]:
     """Set gain and bias of the reward head so that the asked answers have the asked mean and deviation.
 
     Returns (gain, bias). The trained gain is thrown away, as in the reference, so that the scale is always fresh.
     """
-    seat = cast.roles["reward"]
-    if seat.head is None:
+    head = scale.cast.seat("reward").head
+    if head is None:
         raise PalateError("normalise: this stage trains no reward head.")
-    known = load(asked.data, here.seed, "all") if asked.data is not None else records
-    tokens = (_answers if asked.over == "answers" else _demonstrations)(asked, judge, start, known, encoding, here, how)
+    records = load(asked.data, scale.here.seed, "all") if asked.data is not None else scale.records
+    tokens = (_answers if asked.over == "answers" else _demonstrations)(asked, scale, records)
     with torch.no_grad():
-        seat.head.gain.fill_(1.0)
-        seat.head.bias.fill_(0.0)
-        score_N = torch.cat([cast.scores("reward", part.to(cast.device)) for part in tokens.split(_CHUNK)])
+        head.gain.fill_(1.0)
+        head.bias.fill_(0.0)
+        parts = tokens.to(scale.cast.device).split(_CHUNK)
+        score_N = torch.cat([scale.cast.scores("reward", part) for part in parts])
         gain, bias = credit.gain_and_bias(score_N, asked.mean, asked.std)
-        seat.head.gain.fill_(gain)
-        seat.head.bias.fill_(bias)
+        head.gain.fill_(gain)
+        head.bias.fill_(bias)
     return gain, bias
 
 
-def _answers(
-    asked: Normalise,
-    judge: Loaded,
-    start: str | None,
-    records: Sequence[Record],
-    encoding: Encoding,
-    here: Workspace,
-    how: Loading,
-) -> Tokens:
-    name = asked.model or start
+def _answers(asked: Normalise, scale: Scale, records: Sequence[Record]) -> Tokens:
+    name, here = asked.model or scale.start, scale.here
     if name is None:
         raise PalateError("normalise.model: name whose answers set the scale; a model made from nothing has none yet.")
-    speaker = _seats.open_model(name, here, "policy", how)
-    room = speaker.trunk.context - asked.sampling.max_new_tokens
-    prompts = encode_prompts(records, speaker.tokenizer, encoding, room).rows[: asked.rows]
-    keys = [key(here.seed, here.name, "normalise", p.key) for p in prompts]
-    engine = _seats.engine_for(speaker, asked.sampling)
-    rollouts = engine.generate([p.tokens for p in prompts], keys)
-    if not speaker.tokenizer.same_words(judge.tokenizer):
+    speaker = _seats.open_model(name, here, "policy", scale.loading)
+    if not speaker.tokenizer.same_words(scale.judge.tokenizer):
         raise PalateError(
-            f"normalise.model: {name} has another tokenizer than the reward model. Take one with its own."
+            f"normalise.model: {name} has another tokenizer than the reward model. Take one that shares it."
         )
+    room = speaker.trunk.context - asked.sampling.max_new_tokens
+    prompts = encode_prompts(records, speaker.tokenizer, scale.encoding, room).rows[: asked.rows]
+    keys = [key(here.seed, here.name, "normalise", p.key) for p in prompts]
+    rollouts = LocalEngine(speaker.trunk, speaker.tokenizer, asked.sampling).generate([p.tokens for p in prompts], keys)
     return Tokens(rollouts.tokens_BT, rollouts.real_BT, rollouts.action_BT)
 
 
-def _demonstrations(
-    asked: Normalise,
-    judge: Loaded,
-    start: str | None,
-    records: Sequence[Record],
-    encoding: Encoding,
-    here: Workspace,
-    how: Loading,
-) -> Tokens:
-    rows = encode_demonstrations(records[: asked.rows], judge.tokenizer, encoding, judge.trunk.context).rows
-    return examples(rows, judge.tokenizer.pad)
+def _demonstrations(asked: Normalise, scale: Scale, records: Sequence[Record]) -> Tokens:
+    tokenizer, context = scale.judge.tokenizer, scale.judge.trunk.context
+    return examples(
+        encode_demonstrations(records[: asked.rows], tokenizer, scale.encoding, context).rows, tokenizer.pad
+    )

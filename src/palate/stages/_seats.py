@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Annotated, Any, TypeVar, cast
+
+from pydantic import BeforeValidator, SerializeAsAny
 
 from palate.cast import Cast, Layout, assemble
 from palate.data.segments import stop_tokens
@@ -33,16 +35,14 @@ def as_value_error(ask: Callable[[], T]) -> T:
         raise ValueError(str(fault).lstrip(": .")) from None
 
 
-def algorithm(given: Any) -> Any:
-    """The `algorithm` of a stage from its mapping."""
+def _algorithm(given: Any) -> Any:
     if not isinstance(given, Mapping):
         return given
     return as_value_error(lambda: build("algorithms", cast(Mapping[str, Any], given)))
 
 
-def data(given: Any) -> Any:
-    """A path alone is data with everything else left as it is."""
-    return {"path": given} if isinstance(given, str) else given
+AnyAlgorithm = Annotated[SerializeAsAny[Choice], BeforeValidator(_algorithm)]
+"""The type of a setting that holds an algorithm of any kind."""
 
 
 def references(*models: Any) -> list[str]:
@@ -86,11 +86,6 @@ def engine(cast: Cast, tokenizer: Tokenizer, sampling: Sampling, records: Sequen
         sampling = sampling.model_copy(update={"stop_token_ids": (*sampling.stop_token_ids, *ends)})
     seat = cast.roles["policy"]
     return LocalEngine(seat.trunk, tokenizer, sampling, adapter=seat.adapter)
-
-
-def engine_for(speaker: Loaded, sampling: Sampling) -> LocalEngine:
-    """An engine for a model by itself, outside any cast."""
-    return LocalEngine(speaker.trunk, speaker.tokenizer, sampling)
 
 
 def offline_cast(loaded: Loaded, layout: Layout, role: str, counter: int) -> Cast:

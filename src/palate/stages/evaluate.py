@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from palate.data.encode import Encoding
 from palate.data.source import Data, load
@@ -58,11 +58,6 @@ class Stage(Choice):
     """Answers of one forward pass; changes memory, never the result."""
     rouge: bool = True
     """Compute ROUGE where the prompts bring reference answers."""
-
-    @field_validator("prompts", "comparisons", mode="before")
-    @classmethod
-    def _data(cls, given: Any) -> Any:
-        return _seats.data(given)
 
     @model_validator(mode="after")
     def _has_work(self) -> Stage:

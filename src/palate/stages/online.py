@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from palate import step
 from palate.algorithms.protocol import Online
@@ -22,9 +22,10 @@ from palate.randomness import key
 from palate.rewards.reward import AnyReward, stages_read
 from palate.rewards.shaping import Shaping
 from palate.settings import Choice
-from palate.stages import _rows, _seats
+from palate.stages import _rows, _seats, _state
 from palate.stages._judging import Judging, Truncation
 from palate.stages._order import Order
+from palate.stages._seats import AnyAlgorithm
 from palate.workspace import Workspace
 
 
@@ -45,7 +46,7 @@ class Stage(Choice):
     """A reward model the value network starts from; none starts it from the policy with a head of zeros."""
     prompts: Data
     """What to answer: a file, folder, hub id or `world:NAME/shape`."""
-    algorithm: SerializeAsAny[Choice]
+    algorithm: AnyAlgorithm
     """What to make of the scored answers: a mapping with `kind` and its settings."""
     loading: Loading = Loading()
     """How the models come into memory."""
@@ -73,16 +74,6 @@ class Stage(Choice):
     """Write sample answers every so many rollouts."""
     save_steps: int = Field(default=0, ge=0)
     """Write a checkpoint every so many rollouts; 0: about every tenth of the stage."""
-
-    @field_validator("algorithm", mode="before")
-    @classmethod
-    def _algorithm(cls, given: Any) -> Any:
-        return _seats.algorithm(given)
-
-    @field_validator("prompts", mode="before")
-    @classmethod
-    def _prompts(cls, given: Any) -> Any:
-        return _seats.data(given)
 
     @model_validator(mode="after")
     def _fits(self) -> Stage:
@@ -142,22 +133,9 @@ class _Loop:
         lengths = [len(p.tokens) for p in self.prompts]
         self.order = Order(lengths, per_rollout, False, (here.seed, stage.name))
         self.stepper = step.Stepper(self.cast.parameters(self.algorithm.trains), stage.optimiser, here.world)
-        self.memory = self.algorithm.memory()
-        self.last: dict[str, float] = {}
-        self.done = self._resume()
-
-    def _resume(self) -> int:
-        found = self.here.store.newest()
-        if found is None:
-            return 0
-        number, tensors, state = found
-        self.cast.restore({k.removeprefix("model/"): v for k, v in tensors.items() if k.startswith("model/")})
-        self.stepper.restore(
-            {k.removeprefix("optimiser/"): v for k, v in tensors.items() if k.startswith("optimiser/")}
-        )
-        self.memory, self.last = dict(state["memory"]), dict(state["metrics"])
-        self.here.resume(number)
-        return number
+        self.done, state = _state.resume(here, self.cast, self.stepper)
+        self.memory: dict[str, float] = dict(state.get("memory", self.algorithm.memory()))
+        self.last: dict[str, float] = dict(state.get("metrics", {}))
 
     def go(self) -> None:
         """From where a checkpoint left off to the last rollout."""
@@ -171,7 +149,8 @@ class _Loop:
                 if number % stage.logging_steps == 0 or number == stage.iterations:
                     self.here.log(number, seen)
                 if number % save_every == 0 and number < stage.iterations:
-                    self._save(number)
+                    state = {"memory": self.memory, "metrics": self.last}
+                    _state.save(self.here, number, self.cast, self.algorithm.trains, self.stepper, **state)
 
     def _iteration(self, number: int) -> dict[str, float]:
         started = time.perf_counter()
@@ -211,11 +190,6 @@ class _Loop:
 
     def _loss(self, part: Experience) -> Any:
         return self.algorithm.loss(self.cast, part)
-
-    def _save(self, number: int) -> None:
-        tensors = {f"model/{k}": v for k, v in self.cast.state(self.algorithm.trains).items()}
-        tensors |= {f"optimiser/{k}": v for k, v in self.stepper.state().items()}
-        self.here.store.save(number, tensors, {"memory": dict(self.memory), "metrics": self.last})
 
 
 def _shape(rollouts: Rollouts) -> Mapping[str, float]:

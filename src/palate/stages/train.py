@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from pydantic import Field, SerializeAsAny, field_validator
-from torch import Tensor
+from pydantic import Field
 
 from palate import step
 from palate.algorithms.protocol import Offline
@@ -19,9 +18,10 @@ from palate.models.load import Loaded, Loading
 from palate.models.make import Make
 from palate.randomness import key
 from palate.settings import Choice, PalateError
-from palate.stages import _rows, _seats
-from palate.stages._normalise import Normalise, normalise
+from palate.stages import _rows, _seats, _state
+from palate.stages._normalise import Normalise, Scale, normalise
 from palate.stages._order import Order
+from palate.stages._seats import AnyAlgorithm
 from palate.workspace import Workspace
 
 
@@ -36,7 +36,7 @@ class Stage(Choice):
     """Where to start: a folder, a hub id, `stage:NAME`, or the settings of a model to make from nothing."""
     data: Data
     """What to learn from: a file, folder, hub id or `world:NAME/shape`, or a mapping with more settings."""
-    algorithm: SerializeAsAny[Choice]
+    algorithm: AnyAlgorithm
     """What to make of it: a mapping with `kind` and its settings."""
     loading: Loading = Loading()
     """How the model comes into memory."""
@@ -65,16 +65,6 @@ class Stage(Choice):
     save_steps: int = Field(default=0, ge=0)
     """Write a checkpoint every so many steps; 0: about every tenth of the stage."""
 
-    @field_validator("algorithm", mode="before")
-    @classmethod
-    def _algorithm(cls, given: Any) -> Any:
-        return _seats.algorithm(given)
-
-    @field_validator("data", mode="before")
-    @classmethod
-    def _data(cls, given: Any) -> Any:
-        return _seats.data(given)
-
     def references(self) -> list[str]:
         """Earlier stages this one reads."""
         return _seats.references(self.model, self.normalise.model if self.normalise else None)
@@ -95,12 +85,12 @@ class Stage(Choice):
         cast = _seats.offline_cast(loaded, self.layout, algorithm.trains[0], key(here.seed, self.name))
         training = _Training(self, algorithm, here, loaded, cast, rows, held_rows)
         start = self.model if isinstance(self.model, str) else None
-        scale = (cast, loaded, start, train, self.encoding, here, self.loading)
+        scale = Scale(cast, loaded, start, train, self.encoding, self.loading, here)
         if self.normalise is not None and self.normalise.before and training.done == 0:
-            normalise(self.normalise, *scale)
+            normalise(self.normalise, scale)
         training.go()
         if self.normalise is not None and self.normalise.after:
-            gain, bias = normalise(self.normalise, *scale)
+            gain, bias = normalise(self.normalise, scale)
             training.last |= {"reward/gain": gain, "reward/bias": bias}
         _seats.keep(here, cast, loaded, algorithm.trains[0], self, self.data.files(), training.last)
 
@@ -130,20 +120,9 @@ class _Training:
         )
         self.steps = stage.max_steps or self.order.per_epoch * stage.num_train_epochs
         self.stepper = step.Stepper(cast.parameters(algorithm.trains), stage.optimiser, here.world)
-        self.last: dict[str, float] = {}
-        self.tokens = 0.0
-        self.done = self._resume()
-
-    def _resume(self) -> int:
-        found = self.here.store.newest()
-        if found is None:
-            return 0
-        number, tensors, state = found
-        self.cast.restore(_part(tensors, "model/"))
-        self.stepper.restore(_part(tensors, "optimiser/"))
-        self.last, self.tokens = dict(state["metrics"]), float(state["tokens"])
-        self.here.resume(number)
-        return number
+        self.done, state = _state.resume(here, cast, self.stepper)
+        self.last: dict[str, float] = dict(state.get("metrics", {}))
+        self.tokens = float(state.get("tokens", 0.0))
 
     def go(self) -> None:
         """From where a checkpoint left off to the last step."""
@@ -157,7 +136,8 @@ class _Training:
                     self.last = {**seen, **self._held(number)}
                     self.here.log(number, self.last)
                 if number % save_every == 0 and number < self.steps:
-                    self._save(number)
+                    metrics = {"metrics": self.last, "tokens": self.tokens}
+                    _state.save(self.here, number, self.cast, self.algorithm.trains, self.stepper, **metrics)
 
     def _step(self, number: int) -> dict[str, float]:
         batch = self._batch([self.rows[i] for i in self.order.batch(number - 1)])
@@ -183,12 +163,3 @@ class _Training:
 
     def _batch(self, rows: Sequence[_rows.Row]) -> Rows:
         return _rows.batch(rows, self.pad).to(self.cast.device)
-
-    def _save(self, number: int) -> None:
-        tensors: dict[str, Tensor] = {f"model/{k}": v for k, v in self.cast.state(self.algorithm.trains).items()}
-        tensors |= {f"optimiser/{k}": v for k, v in self.stepper.state().items()}
-        self.here.store.save(number, tensors, {"metrics": self.last, "tokens": self.tokens})
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
