@@ -38,8 +38,8 @@ def test_a_good_note_is_worth_what_the_formula_says():
     ("note", "part", "value", "expected"),
     [
         (" The lentil stew tastes smoky. Enjoy your meal.", "coverage", 1 / 3, 1.5),
-        (PERFECT + " Every bite looks dark.", "invented", 1, 2.0),
-        (" The leek soup tastes smoky, feels tender and comes warm.", "invented", 1, 2.0),
+        (PERFECT + " Every bite looks dark.", "invented", 1, 1.0),
+        (" The leek soup tastes smoky, feels tender and comes warm.", "invented", 1, 1.0),
         (PERFECT + " Take it or leave it.", "rude", 1, 2.0),
         (PERFECT + " It also comes warm.", "repeats", 1, 2.5),
         (PERFECT + PERFECT, "repeats", 1, 2.5),
@@ -67,8 +67,8 @@ def test_no_shortcut_is_worth_a_poor_honest_note():
 @given(st.text(max_size=400), st.text(max_size=400))
 @settings(max_examples=200, deadline=None)
 def test_any_text_has_a_bounded_utility(prompt: str, completion: str):
-    assert -25 <= total(completion, prompt) <= 3.5
-    assert -25 <= total(completion) <= 3.5
+    assert -34 <= total(completion, prompt) <= 3.5
+    assert -34 <= total(completion) <= 3.5
 
 
 @given(st.lists(st.sampled_from([*sorted(FACTS), *FAMILY_OF, "is", "and", "The", ".", ",", "it", "fool", "enjoy"])))

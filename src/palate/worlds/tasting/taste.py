@@ -1,6 +1,6 @@
 """The gold taste of the tasting room: what a note is truly worth, read from its text alone.
 
-u = 3·coverage − invented + 0.5·polite − rude − 0.5·repeats − 0.4·rambles − 0.3·broken
+u = 3·coverage − 2·invented + 0.5·polite − rude − 0.5·repeats − 0.4·rambles − 0.3·broken
     − 0.05·(words over 32) − 1 if the note does not end
 """
 
@@ -58,10 +58,10 @@ class Utility:
 
     @property
     def total(self) -> float:
-        """The gold utility, between −25 and 3.5."""
+        """The gold utility, between −34 and 3.5."""
         return (
             3.0 * self.coverage
-            - 1.0 * self.invented
+            - 2.0 * self.invented
             + 0.5 * self.polite
             - 1.0 * self.rude
             - 0.5 * self.repeats
