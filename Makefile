@@ -20,8 +20,10 @@ check: $(VENV)/.dev           ## format, lint, types, laws
 	$(BIN)/python -m pytest tests/laws
 
 bench: $(VENV)/.dev           ## learning curves and the Adam ablation, measured here
-	$(BIN)/python bench/curves.py
-	$(BIN)/python bench/adam_ablation.py
+	$(BIN)/python recipes/stories/prepare.py
+	$(BIN)/python -m bench.curves
+	$(BIN)/palate run bench/bigger.yaml
+	$(BIN)/python -m bench.adam_ablation
 
 docs: $(VENV)/.dev            ## the generated pages of docs/
 	$(BIN)/python docs/build.py
