@@ -3,8 +3,9 @@
     python recipes/stories/floor.py REWARD_MODEL_FOLDER [PREPARED_FOLDER]
 
 Pairs: how often a positive sentence gets more than the negative one it is set against. Labels: how often a sentence
-lies on its side of a threshold, which is the one that serves the training sentences best. The bag of words is a logistic
-regression on which words occur, its weight decay chosen on the held-out sentences themselves, which flatters it a little.
+lies on its side of a threshold, which is the one that serves the training sentences best. The bag of words is a
+logistic regression on which words occur; its weight decay is chosen on the held-out sentences themselves, which
+flatters it a little.
 """
 
 from __future__ import annotations

@@ -25,10 +25,12 @@ FLIP = -0.74
 REACH = 3
 """How many words before a rated one may negate it."""
 
-NEGATIONS = frozenset(
-    "no not never none neither nor nothing nobody nowhere without cannot hardly rarely seldom aint arent cant couldnt "
-    "didnt doesnt dont hadnt hasnt havent isnt mightnt mustnt neednt shouldnt wasnt werent wont wouldnt".split()
-)
+_MODAL = ("ca", "could", "might", "must", "need", "should", "wo", "would")
+_VERBS = (*_MODAL, "ai", "are", "did", "does", "do", "had", "has", "have", "is", "was", "were")
+_ALONE = ("no", "not", "never", "none", "neither", "nor", "nothing", "nobody", "nowhere", "without", "cannot")
+
+NEGATIONS = frozenset((*_ALONE, "hardly", "rarely", "seldom", *(f"{verb}nt" for verb in _VERBS)))
+"""Words that negate, without their apostrophes; they do nothing else, whatever the lexicon says of "no"."""
 
 
 def lexicon(archive: Path) -> dict[str, float]:
