@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from rich.console import Console
 
+from palate import closing
 from palate.closing import close, next_steps
 from palate.evaluation.win_rate import win_rate
 from palate.live import Display
@@ -65,3 +68,11 @@ def test_what_to_try_fits_what_is_there(tmp_path: Path) -> None:
     assert """prompt='what'"'"'s hot?'""" in steps[0]
     assert "1-sft/samples.jsonl" in steps[1]
     assert "seed=5 name=trial-2" in steps[2]
+
+
+@pytest.mark.parametrize("text", ["plain", "two words", "it's\nthree \\ lines\n"])
+def test_a_quoted_prompt_is_one_line_that_a_shell_reads_back(text: str) -> None:
+    quoted = closing._quoted(text)
+    assert "\n" not in quoted
+    said = subprocess.run(["bash", "-c", f"printf %s {quoted}"], capture_output=True, text=True, check=True)
+    assert said.stdout == text

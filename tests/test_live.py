@@ -79,3 +79,19 @@ def test_a_models_text_cannot_command_the_terminal() -> None:
 
 def test_durations_are_for_people() -> None:
     assert [duration(s) for s in (0.4, 59.6, 185, 7800)] == ["0 s", "1 min 00 s", "3 min 05 s", "2 h 10 min"]
+
+
+def test_answers_of_several_models_stand_side_by_side() -> None:
+    display, written = _display(terminal=False, width=160)
+    row = {
+        "prompt": "soup?",
+        "completions": {"sft": "Warm.", "ppo": "Hot, please."},
+        "scores": {"sft": {"gold": -1.0, "proxy": 9.0}, "ppo": {"gold": 2.5, "proxy": 9.0}},
+        "parts": {"sft": {"rude": 0.0}},
+    }
+    display.samples(0, [row])
+    said = written.getvalue()
+    assert "sft" in said
+    assert "Hot, please. [gold 2.5" in said
+    assert "parts" not in said
+    assert "{" not in said

@@ -66,7 +66,7 @@ def _ideas(outcome: Outcome, plan: Plan) -> Iterator[str]:
     speakers = [stage for stage in outcome.stages if _speaks(stage.folder / "model")]
     sampled = [stage for stage in outcome.stages if (stage.folder / "samples.jsonl").exists()]
     if speakers:
-        prompt = shlex.quote(_a_prompt(sampled))
+        prompt = _quoted(_a_prompt(sampled))
         yield f"talk to it:        palate generate model={speakers[-1].folder / 'model'} prompt={prompt}"
     if sampled:
         yield f"read its samples:  less {sampled[-1].folder / 'samples.jsonl'}"
@@ -79,6 +79,13 @@ def _ideas(outcome: Outcome, plan: Plan) -> Iterator[str]:
 def _speaks(model: Path) -> bool:
     """Whether a model folder holds a language model, not a reward model."""
     return (model / "generation_config.json").exists()
+
+
+def _quoted(text: str) -> str:
+    """For a shell, on one line."""
+    if "\n" not in text:
+        return shlex.quote(text)
+    return "$'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"
 
 
 def _a_prompt(sampled: Sequence[StageOutcome]) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -71,11 +71,26 @@ class Display:
         if not rows or now < self._tables_from:
             return
         self._tables_from = now + self.every
-        names = list(rows[0])
-        table = Table(*names, title=f"samples at step {step}", title_justify="left", show_lines=True)
-        for row in rows[:limit]:
+        shown = [_side_by_side(row) for row in rows[:limit]]
+        names = list(shown[0])
+        title = f"samples at step {step}" if step else "samples"
+        table = Table(*names, title=title, title_justify="left", show_lines=True)
+        for row in shown:
             table.add_row(*(Text(plain(row.get(name, ""))) for name in names))
         self.console.print(table)
+
+
+def _side_by_side(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A row for the terminal: answers of several models each get a column with their first score."""
+    said = row.get("completions")
+    if not isinstance(said, Mapping):
+        return row
+    answers, scores = cast(Mapping[str, Any], said), cast(Mapping[str, Mapping[str, Any]], row.get("scores", {}))
+    found: dict[str, Any] = {"prompt": row.get("prompt", "")}
+    for name, text in answers.items():
+        judged = list(scores.get(name, {}).items())[:1]
+        found[name] = f"{text} " + "".join(f"[{judge} {plain(score)}]" for judge, score in judged)
+    return found
 
 
 class Bar:
