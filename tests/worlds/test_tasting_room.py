@@ -179,11 +179,11 @@ def test_notes_are_short_and_varied():
 
 def test_preferences_follow_bradley_terry_at_the_stated_temperature():
     """Among pairs the true probability p of the first is known: choices must match it in every band of p."""
-    rows = [r for r in room.records("pairs", 6000, 1, temperature=0.8) if isinstance(r, Ranking)]
+    rows = [r for r in room.records("pairs", 6000, 1, temperature=2.0) if isinstance(r, Ranking)]
     truth, chosen = [], []
     for row in rows:
         first, second = (total(str(c), str(row.prompt)) for c in row.completions)
-        truth.append(1 / (1 + math.exp(-(first - second) / 0.8)))
+        truth.append(1 / (1 + math.exp(-(first - second) / 2.0)))
         chosen.append(row.ranks == (0, 1))
     truth_N, chosen_N = np.array(truth), np.array(chosen, dtype=float)
     for low in np.arange(0, 1, 0.2):
