@@ -15,7 +15,6 @@ from statistics import fmean, pstdev
 
 from bench import picture
 from bench.lexicon import raw
-
 from palate import run
 from palate.data.encode import encode_prompts
 from palate.data.source import load as read

@@ -5,6 +5,7 @@ from __future__ import annotations
 from xml.etree import ElementTree
 
 import pytest
+
 from bench.curves import PANELS, Rows, draw, locked_from, mean_shape, shape, statements, table
 
 TARGET = 6.0

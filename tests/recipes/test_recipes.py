@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from tests.recipes.shrunk import SHRUNK
 
 from palate.diagnosis import report
 from palate.live import Display
 from palate.run import execute, plan_file
+from tests.recipes.shrunk import SHRUNK
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
