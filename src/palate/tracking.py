@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -103,8 +104,7 @@ class _Trackio:
     """One Trackio run per stage, in a project called like the palate run."""
 
     def __init__(self, run: Path, stage: str, settings: Mapping[str, Any], step: int) -> None:
-        import trackio
-
+        trackio: Any = import_module("trackio")
         self._run: Any = trackio.init(project=run.name, name=stage, config=dict(settings), resume="allow")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -118,8 +118,7 @@ class _WandB:
     """One W&B run per stage, grouped under the palate run. W&B's own environment variables say where it goes."""
 
     def __init__(self, run: Path, stage: str, settings: Mapping[str, Any], step: int) -> None:
-        import wandb
-
+        wandb: Any = import_module("wandb")
         self._run: Any = wandb.init(
             project="palate", group=run.name, name=f"{run.name}/{stage}", dir=str(run), config=dict(settings)
         )
