@@ -149,3 +149,12 @@ def test_without_evaluation_the_verdict_claims_nothing(write_run):
     assert verdict(read(write_run("curves", stages=("sft", "reward", "rlhf")))).title == "Trained, not evaluated."
     assert verdict(read(write_run("start", stages=("sft",)))).title == "No evaluation yet."
     assert verdict(read(write_run("empty", stages=()))).title == "Nothing has run yet."
+
+
+def test_reward_models_alone_are_a_verdict_too(write_run):
+    folder = write_run("start", stages=("sft",))
+    judged = {"interval": {"estimate": 0.75, "low": 0.7, "high": 0.8}, "pairs": 300}
+    (folder / "1-sft" / "evaluation.json").write_text(json.dumps({"models": {}, "reward_models": {"polite": judged}}))
+    said = verdict(read(folder))
+    assert said.title == "Reward models were measured."
+    assert said.text == "polite orders 75.0% of 300 held pairs (95 % interval 70.0% to 80.0%)."

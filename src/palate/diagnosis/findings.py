@@ -62,8 +62,19 @@ def verdict(run: RunFolder) -> Verdict:
     done = [s.name for s in run.stages if s.finished]
     if not run.stages:
         return Verdict("note", "Nothing has run yet.", "The run directory holds no stage.")
+    if judged := [text for stage in run.stages if stage.evaluation for text in _judged(stage.evaluation)]:
+        return Verdict("note", "Reward models were measured.", f"{'; '.join(judged)}.")
     reached = f"Finished: {', '.join(done)}." if done else "No stage has finished."
     return Verdict("note", "No evaluation yet.", f"{reached} Add an evaluate stage to learn whether it got better.")
+
+
+def _judged(found: Row) -> Iterator[str]:
+    """What an evaluation without policies says of each of its reward models."""
+    for name in mapping(found, "reward_models"):
+        accuracy, low, high = (at(found, "reward_models", name, "interval", k) for k in ("estimate", "low", "high"))
+        pairs = at(found, "reward_models", name, "pairs")
+        if accuracy is not None and low is not None and high is not None and pairs is not None:
+            yield f"{name} orders {accuracy:.1%} of {pairs:.0f} held pairs (95 % interval {low:.1%} to {high:.1%})"
 
 
 def _by_evaluation(found: Row) -> Verdict:
