@@ -10,7 +10,7 @@ padding never). Masks are carried, never derived from token ids.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Self, cast
 
 import torch
@@ -48,12 +48,12 @@ class Rows:
     def trimmed(self) -> Self:
         """The same rows without the columns that no mask of theirs reaches; only `_BT` fields are cut."""
         wide = {f.name: getattr(self, f.name) for f in fields(self) if f.name.endswith(("_BT", "_BKT"))}
-        masks = [v.flatten(0, -2).any(0) for v in wide.values() if v.dtype == torch.bool]
+        masks = [v.flatten(0, -2).any(0) for v in wide.values() if isinstance(v, Tensor) and v.dtype == torch.bool]
         used = torch.stack(masks).any(0).nonzero() if masks else None
         if used is None or used.numel() == 0:
             return self
         width = int(used[-1]) + 1
-        return replace(self, **{name: value[..., :width] for name, value in wide.items()})
+        return replace(self, **{name: _narrow(value, width) for name, value in wide.items()})
 
     def counts(self) -> dict[str, float]:
         """What a loss may be averaged over, counted before the forward pass: always `rows`, mostly `tokens`."""
@@ -71,6 +71,12 @@ def _pick(value: Any, index: Tensor) -> Any:
     if isinstance(value, dict):
         return {k: _pick(v, index) for k, v in cast(dict[str, Any], value).items()}
     return value  # a number or a name that speaks of the whole batch
+
+
+def _narrow(value: Any, width: int) -> Any:
+    if isinstance(value, dict):
+        return {k: v[..., :width] for k, v in cast(dict[str, Tensor], value).items()}
+    return value[..., :width]
 
 
 def _move(value: Any, device: torch.device) -> Any:
@@ -171,7 +177,8 @@ class Experience(Tokens):
     """What an online algorithm learns from: rollouts with old log-probabilities, advantages, values and returns.
 
     `value_mask_BT` says where the value function is trained (a superset of `action_BT` when the score sits on the
-    state after the end). `memory` is what the algorithm remembers for the next iteration.
+    state after the end). `memory` is what the algorithm remembers for the next iteration. `shown_BT` is for people
+    alone: whatever else the algorithm knew about each token, by name. No loss reads it.
     """
 
     logp_BT: Tensor
@@ -182,9 +189,14 @@ class Experience(Tokens):
     temperature: float
     memory: Mapping[str, float]
     metrics: Mapping[str, float]
+    shown_BT: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def counts(self) -> dict[str, float]:
         return {**Tokens.counts(self), "values": float(self.value_mask_BT.sum())}
+
+    def without_shown(self) -> Self:
+        """The same without `shown_BT`, so that cutting it into minibatches costs nothing."""
+        return replace(self, shown_BT={})
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ class Workspace:
         self._models, self._display, self._verl_names = models, display, verl_names
         self._metrics = JsonLines(folder / "metrics.jsonl")
         self._samples = JsonLines(folder / "samples.jsonl")
+        self._tokens = JsonLines(folder / "tokens.jsonl")
         self._warnings = JsonLines(folder / "warnings.jsonl", keep=True)
         self._trackers = Trackers(trackers, folder.parent, name, settings, self.warn)
         self._step = 0
@@ -60,7 +61,7 @@ class Workspace:
     def resume(self, step: int) -> None:
         """The stage goes on from the checkpoint of `step`: what was logged after it did not happen."""
         self._step = step
-        for log in (self._metrics, self._samples, self._warnings):
+        for log in (self._metrics, self._samples, self._tokens, self._warnings):
             log.cut(step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -76,6 +77,10 @@ class Workspace:
         """Write sample rows of one step to samples.jsonl, and show a few of them now and then."""
         self._samples.append(step, rows)
         self._display.samples(step, rows)
+
+    def tokens(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write a few answers of one step, token by token, to tokens.jsonl."""
+        self._tokens.append(step, rows)
 
     def warn(self, text: str) -> None:
         """Say that something should be looked at, to the user and in warnings.jsonl."""

@@ -105,6 +105,14 @@ class Algorithm(Choice):
             temperature=rows.temperature,
             memory=self._remember(kl_coef, float(kl_B.mean()), kl_B.numel()),
             metrics=self._summary(scored, kl_B, logp_BT, value_BT, returns_BT, raw_BT, mask_BT, value_mask_BT),
+            shown_BT={
+                "sampled_logp": sampled_BT,
+                "reference_logp": ref_BT,
+                "kl": credit.kl_k1(logp_BT, ref_BT),
+                "token_reward": token_reward_BT,
+                "reward": shaped_BT,
+                **_reward_parts(scored.score_B, logp_BT, ref_BT, value_mask_BT, kl_coef),
+            },
         )
 
     def loss(self, cast: Cast, batch: Experience) -> Loss:
@@ -204,6 +212,19 @@ def _widen(tokens: Tokens) -> Tokens:
         real_BT=torch.cat([tokens.real_BT, no], -1),
         action_BT=torch.cat([tokens.action_BT, no], -1),
     )
+
+
+def _reward_parts(
+    score_B: Tensor, logp_BT: Tensor, ref_BT: Tensor, mask_BT: Tensor, kl_coef: float
+) -> dict[str, Tensor]:
+    """What `credit.shape_reward` adds up, kept apart; `scored` is where the score lands, even a score of 0."""
+    zeros_B, ones_B = torch.zeros_like(score_B), torch.ones_like(score_B)
+    scored_BT = credit.shape_reward(ones_B, ref_BT, ref_BT, mask_BT, 0.0) > 0
+    return {
+        "kl_penalty": credit.shape_reward(zeros_B, logp_BT, ref_BT, mask_BT, kl_coef),
+        "score": torch.where(scored_BT, score_B[:, None], 0.0),
+        "scored": scored_BT,
+    }
 
 
 def _column(x_BT: Tensor) -> Tensor:

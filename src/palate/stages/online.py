@@ -22,7 +22,7 @@ from palate.randomness import key
 from palate.rewards.reward import AnyReward, stages_read
 from palate.rewards.shaping import Shaping
 from palate.settings import Choice
-from palate.stages import _rows, _seats, _state
+from palate.stages import _rows, _seats, _state, _tokens
 from palate.stages._judging import Judging, Truncation
 from palate.stages._order import Order
 from palate.stages._seats import AnyAlgorithm
@@ -159,10 +159,11 @@ class _Loop:
         scored, heard = self.judging.score(rollouts, prompts, self.memory)
         with torch.no_grad():
             experience = self.algorithm.prepare(self.cast, scored)
-        seen = self._update(experience, number)
+        seen = self._update(experience.without_shown(), number)
         self.memory = dict(experience.memory)
         if number == 1 or number % self.stage.sample_steps == 0 or number == self.stage.iterations:
             self.here.sample(number, self.judging.table(scored, prompts))
+            self.here.tokens(number, _tokens.table(experience, scored, prompts, self.loaded.tokenizer))
         seconds = time.perf_counter() - started
         clock = {"step_time": seconds, "tokens_per_second": float(rollouts.action_BT.sum()) / seconds}
         episode = float(number * self.stage.rollout_batch_size)
