@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import click
 
+from palate.cli_show import show
+
 F = TypeVar("F", bound=Callable[..., Any])
 _HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 _SETTINGS: dict[str, Any] = {**_HELP, "ignore_unknown_options": True}
@@ -252,6 +254,9 @@ def report_verb(run: Path) -> None:
 
     for path in write(run):
         click.echo(path)
+
+
+main.command("show")(_told(show))
 
 
 @main.group("data")

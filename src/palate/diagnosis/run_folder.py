@@ -34,6 +34,11 @@ class StageFolder:
     missing: tuple[str, ...]
 
     @cached_property
+    def tokens(self) -> tuple[Row, ...]:
+        """A few answers token by token, as an online stage wrote them; read when they are asked for."""
+        return _lines(self.folder / "tokens.jsonl", None)
+
+    @cached_property
     def metric_names(self) -> tuple[str, ...]:
         """Every metric the stage logged, in order of appearance."""
         return tuple(dict.fromkeys(name for row in self.metrics for name in row if name != "step"))
@@ -87,7 +92,7 @@ def read(folder: Path) -> RunFolder:
     if not folder.is_dir():
         raise NotADirectoryError(f"{folder}: no such run directory")
     missing: list[str] = []
-    stages = [_stage(path) for path in sorted(_stage_folders(folder), key=_number)]
+    stages = [read_stage(path) for path in sorted(_stage_folders(folder), key=_number)]
     if not stages:
         missing.append("no stage has started")
     return RunFolder(
@@ -110,7 +115,8 @@ def _number(path: Path) -> tuple[int, str]:
     return int(path.name.partition("-")[0]), path.name
 
 
-def _stage(folder: Path) -> StageFolder:
+def read_stage(folder: Path) -> StageFolder:
+    """Read one stage's folder. Nothing that is absent or broken raises."""
     missing: list[str] = []
     settings = as_mapping(_load(folder / "stage.yaml", missing))
     finished = (folder / "DONE").exists()

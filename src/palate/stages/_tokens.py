@@ -25,12 +25,13 @@ def table(
     where it is True. What the algorithm did not compute is absent.
     """
     rollouts, found = scored.rollouts, list[dict[str, Any]]()
+    score, parts = _exact(scored.score_B), {name: _exact(part_B) for name, part_B in scored.parts.items()}
     for i in range(min(rows, experience.size)):
         about = {
             "row": i,
             "prompt": prompts[int(rollouts.prompt_B[i])].text,
-            "score": float(scored.score_B[i]),
-            "parts": {name: float(part[i]) for name, part in scored.parts.items()},
+            "score": score[i],
+            "parts": {name: part[i] for name, part in parts.items()},
             "finished": bool(rollouts.finished_B[i]),
             "memory": dict(scored.memory),
         }
@@ -67,11 +68,11 @@ def _has(name: str, value: float | bool, action: bool, valued: bool) -> bool:
     return value is not False and (action or name not in _OF_SAID_TOKENS)
 
 
-def _exact(x_T: Tensor) -> list[Any]:
+def _exact(x_N: Tensor) -> list[Any]:
     """The numbers with as many digits as it takes to give the same number back in their own precision."""
-    if x_T.dtype == torch.bool:
-        return x_T.tolist()
-    wide = x_T if x_T.dtype == torch.float64 else x_T.float()
+    if x_N.dtype == torch.bool:
+        return x_N.tolist()
+    wide = x_N if x_N.dtype == torch.float64 else x_N.float()
     return [float(str(x)) for x in wide.cpu().numpy()]
 
 
