@@ -1,5 +1,6 @@
 """Containers: the same rows come back from every one, and what is damaged says where."""
 
+import bz2
 import csv
 import gzip
 import json
@@ -11,13 +12,21 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from palate.data.containers import container, read_file, read_saved
+from palate.data.columnar import read_saved
+from palate.data.containers import container, read_file
+from palate.data.formats import BadRow
 from palate.data.source import Data, load
 from palate.settings import PalateError
 
 ROWS = [{"prompt": f"Frage {i} — “ü”, 茶", "completion": f'line one\nline {i}, "quoted"'} for i in range(5)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
-PACK = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.compress}
+PACK = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".bz2": bz2.compress,
+    ".zst": zstandard.compress,
+}
 
 
 def table(delimiter, path):
@@ -29,7 +38,13 @@ def table(delimiter, path):
 
 
 def columns(path):
-    return [dict(row.columns) for row in read_file(path)]
+    """The rows of a file; one that cannot be read raises, as `on_bad_row: fail` has it."""
+    found = []
+    for row in read_file(path):
+        if isinstance(row, BadRow):
+            raise PalateError(row.message)
+        found.append(dict(row.columns))
+    return found
 
 
 @pytest.mark.parametrize("pack", PACK)
@@ -113,9 +128,17 @@ def test_json_forms(tmp_path):
         ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz:1: cannot be read further"),
         ("a.jsonl.xz", lzma.compress(LINES)[:-20], r"a\.jsonl\.xz:\d+: cannot be read further"),
         ("a.jsonl.zst", b"no zstd", r"a\.jsonl\.zst:1: cannot be read further"),
+        ("a.jsonl.zst", zstandard.compress(LINES)[:-5], r"a\.jsonl\.zst:\d+: cannot be read further: the last frame"),
+        ("a.jsonl", LINES + b'{"a": 1, "a": 2}\n', r"a\.jsonl:6: .*the key 'a' is there twice"),
+        ("a.jsonl", b'{"a": ' + b"[" * 70 + b"]" * 70 + b"}\n", r"a\.jsonl:1: .*nests deeper than 64"),
+        ("a.csv", b"a,b\n1,2\n3,\xff\n", r"a\.csv:3: not UTF-8"),
+        ("a.csv", b'a,b\n1,2\n"3"x,4\n', r"a\.csv:3: not a table"),
+        ("a.csv", b'a,b\n1,"2\n3,4\n5,6\n', r"a\.csv:2: not a table: unexpected end of data"),
+        ("a.pkl", b"x", r"a\.pkl: may hold pickled objects"),
+        ("a.tar.gz", b"x", r"a\.tar\.gz: an archive\. Unpack it"),
         ("a.parquet", b"PAR1 no", r"a\.parquet: not a whole parquet file"),
         ("a.arrow", b"no arrow", r"a\.arrow: not an arrow file"),
-        ("a.bin", b"x", r"a\.bin: unknown kind of file\. Known endings: jsonl"),
+        ("a.doc", b"x", r"a\.doc: unknown kind of file\. Known endings: jsonl"),
     ],
 )
 def test_a_damaged_file_says_where(tmp_path, name, body, expected):
@@ -131,3 +154,42 @@ def test_a_damaged_saved_dataset_and_a_missing_file(tmp_path):
         list(read_saved(tmp_path, "train"))
     with pytest.raises(PalateError, match=r"no such file"):
         columns(tmp_path / "nowhere.jsonl")
+
+
+def test_brackets_inside_texts_are_not_nesting(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"prompt": "[{" * 500, "completion": '\\"[' * 500}) + "\n")
+    assert columns(path) == [{"prompt": "[{" * 500, "completion": '\\"[' * 500}]
+
+
+def test_several_zstandard_frames_are_one_file(tmp_path):
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(zstandard.compress(LINES) + zstandard.compress(LINES))
+    assert columns(path) == ROWS + ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "lines"),
+    [
+        ("a.jsonl", b'{"a": 1}\n{"a": \n\xff\n[1]\n{"a": 2}\n', [2, 3, 4]),
+        ("a.json", b'{"a": 1}\n{"a": 3}\n{"a": \n{"a": 2}\n', [3]),
+        ("a.txt", b"one\n\xff\ntwo\n", [2]),
+        ("a.csv", b'a,b\n1,2\n3\n4,\xff\n"5"x,6\n"7\n7",8\n9\n10,11\n', [3, 4, 5, 8]),
+    ],
+)
+def test_reading_goes_on_after_a_bad_row(tmp_path, name, body, lines):
+    path = tmp_path / name
+    path.write_bytes(body)
+    rows = list(read_file(path))
+    assert [row.place for row in rows if isinstance(row, BadRow)] == [f"{path}:{line}" for line in lines]
+    assert not isinstance(rows[-1], BadRow)
+    assert all(row.raw for row in rows if isinstance(row, BadRow))
+
+
+def test_a_fault_is_one_line_of_printable_characters(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"\x1b[2J\nred": 1, "x" * 100_000: 2}) + "\n")
+    with pytest.raises(PalateError) as caught:
+        load(Data(path=str(path)), 0)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000

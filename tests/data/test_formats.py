@@ -258,9 +258,11 @@ def test_a_later_row_without_the_columns_is_named():
     rows = [Row({"prompt": "Q", "completion": "A"}, "f:1"), Row({"prompt": "Q"}, "f:2")]
     with pytest.raises(PalateError, match=r"f:2: completion: is missing; this row has the columns prompt"):
         list(read_rows(rows))
-    faults = []
-    assert len(list(read_rows(rows, faults=faults))) == 1
-    assert len(faults) == 1
+    bad = []
+    assert len(list(read_rows(rows, bad=bad))) == 1
+    assert [row.message for row in bad] == [
+        "f:2: completion: is missing; this row has the columns prompt. Fill it in or remove the row."
+    ]
 
 
 def test_an_unknown_format_gets_the_nearest_name():

@@ -1,5 +1,6 @@
 """Sources: paths, patterns, renaming, worlds, mixtures, and the split by prompt."""
 
+import gzip
 import json
 import logging
 from collections import Counter
@@ -8,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from palate.data.source import Data, Part, load, read_part, split_by_prompt
+from palate.data.mixing import split_by_prompt
+from palate.data.source import Data, Part, load, read_part
 from palate.records import Demonstration, Prompt, Ranking
 from palate.settings import PalateError, parse
 
@@ -195,17 +197,48 @@ def test_labels_become_pairs_on_each_side_by_itself(tmp_path):
         load(data.model_copy(update={"format": "text"}), 0)
 
 
-def test_a_tolerant_reading_collects_faults(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"prompt": "p", "completion": "c"}, {"prompt": "p"}])
-    reading = read_part(Part(path=path), None, 0, tolerant=True)
-    assert len(reading.records) == len(reading.faults) == 1
-    with pytest.raises(PalateError, match=r"a\.jsonl:2: completion: is missing"):
-        load(Data(path=path), 0)
-
-
-def test_a_tolerant_reading_ends_where_the_file_does(tmp_path):
+def test_a_tolerant_reading_collects_bad_rows_and_goes_on(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text('{"prompt": "p", "completion": "c"}\n{"prompt": \n{"prompt": "p", "completion": "d"}\n')
+    good = '{"prompt": "p", "completion": "%s"}\n'
+    path.write_text(good % "c" + '{"prompt": \n' + '{"prompt": "p"}\n' + good % "d")
     reading = read_part(Part(path=str(path)), None, 0, tolerant=True)
-    assert said(reading.records) == ["c"]
-    assert "a.jsonl:2: not JSON" in str(reading.faults[0])
+    assert said(reading.records) == ["c", "d"]
+    assert [bad.place for bad in reading.bad] == [f"{path}:2", f"{path}:3"]
+    assert [bad.raw for bad in reading.bad] == ['{"prompt": ', {"prompt": "p"}]
+    assert (reading.rows, reading.broken) == (4, None)
+    with pytest.raises(PalateError, match=r"a\.jsonl:2: not JSON"):
+        load(Data(path=str(path)), 0)
+
+
+def test_a_bad_row_is_skipped_when_asked_and_told(tmp_path, caplog):
+    rows = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(9)]
+    path = write(tmp_path / "a.jsonl", [*rows[:5], {"prompt": "p"}, *rows[5:]])
+    with caplog.at_level(logging.WARNING, "palate.data"):
+        found = load(Data(path=path, on_bad_row="skip", rows=3), 0)
+    assert len(found) == 3
+    assert f"1 of 10 rows of {path} were skipped, the first: {path}:6: completion: is missing" in caplog.text
+
+
+def test_skipping_stays_strict_about_whole_files_and_empty_results(tmp_path):
+    torn = tmp_path / "a.jsonl.gz"
+    torn.write_bytes(gzip.compress(b'{"prompt": "p", "completion": "c"}\n' * 500)[:-12])
+    with pytest.raises(PalateError, match="cannot be read further"):
+        load(Data(path=str(torn), on_bad_row="skip"), 0)
+    bad = write(tmp_path / "b.jsonl", [{"x": 1}] * 1042)
+    with pytest.raises(PalateError, match=r"1,042 of 1,042 rows of .* were skipped, the first: .*b\.jsonl:1: no known"):
+        load(Data(path=bad, on_bad_row="skip"), 0)
+
+
+def test_a_missing_column_is_a_bad_row(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"q": "a", "r": "b"}, {"q": "c"}])
+    data = Data(path=path, columns={"prompt": "q", "completion": "{r}!"}, on_bad_row="skip")
+    assert said(load(data, 0)) == ["b!"]
+
+
+@pytest.mark.parametrize("path", ["", "**/*.jsonl", "*/**/*.jsonl"])
+def test_a_loop_of_links_is_walked_once(tmp_path, path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    write(tmp_path / "a" / "b" / "x.jsonl", [{"prompt": "p", "completion": "c"}])
+    for name in ("one", "two", "three"):
+        (tmp_path / "a" / "b" / name).symlink_to(tmp_path)
+    assert len(load(Data(path=str(tmp_path / path)), 0)) == 1

@@ -142,6 +142,28 @@ def test_empty_dataset_and_malformed_line(model: Path, tmp_path: Path) -> None:
         run(tmp_path, sft(model, str(path)))
 
 
+def test_bad_rows_are_skipped_told_and_written_aside(model: Path, demonstrations: Path, tmp_path: Path) -> None:
+    """Counted over every source of the stage, told once, and the same after the stage starts again."""
+    good = demonstrations.read_text()
+    path = tmp_path / "torn.jsonl"
+    path.write_text(good + '{"prompt": "a", \n' + '{"prompt": "a", "completion": 7}\n')
+    stage = sft(model, {"path": str(path), "on_bad_row": "skip", "held_out": 0.3})
+    folder = tmp_path / "runs" / "bad" / "1-sft"
+    for _ in range(2):
+        run(tmp_path, stage)
+        rows = [json.loads(line) for line in (folder / "skipped_rows.jsonl").read_text().splitlines()]
+        assert [(row["place"], row["row"]) for row in rows] == [
+            (f"{path}:9", '{"prompt": "a", '),
+            (f"{path}:10", {"prompt": "a", "completion": 7}),
+        ]
+        assert rows[1]["fault"].startswith("completion: expected text or a list of turns, got int 7")
+        (folder / "DONE").unlink()
+    said = [json.loads(line)["warning"] for line in (folder / "warnings.jsonl").read_text().splitlines()]
+    assert f"2 of 10 rows of {path} were skipped, the first: {path}:9: not JSON" in said[0]
+    assert said[0].endswith(f"they are in {folder / 'skipped_rows.jsonl'}")
+    assert len([text for text in said if "skipped" in text]) == 2, "once a start"
+
+
 def test_the_command_says_it_once_and_exits_with_2(model: Path, demonstrations: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "bad.yaml"
     stage = sft(model, str(demonstrations), batch_sise=4)

@@ -11,7 +11,7 @@ import numpy as np
 
 from palate.data.encode import Encoding, begins_by_itself, trained_counts
 from palate.data.segments import Speaker
-from palate.data.source import Data, Reading, read_part
+from palate.data.source import Data, Part, Reading, read_part
 from palate.randomness import key
 from palate.records import (
     Correction,
@@ -91,7 +91,8 @@ def check(
     reading: Reading | None = None,
 ) -> Report:
     """A report on records; lengths are in tokens with a tokenizer and in words without one."""
-    found = reading or Reading()
+    found = reading or Reading(Part(path=source))
+    faults = [row.message for row in found.bad] + ([str(found.broken)] if found.broken else [])
     pairs = [(r, i, j) for r in records if isinstance(r, Ranking) for i, j in _all_pairs(r)]
     prompt_lengths = [_length(r.prompt, tokenizer) for r in records]
     answers = [[_length(a, tokenizer) for a in _answers(r)] for r in records]
@@ -117,24 +118,25 @@ def check(
         double_bos=None if tokenizer is None else _doubled(records, tokenizer),
         untrained=None if tokenizer is None else _untrained(records, tokenizer, max_length),
         notes=tuple(found.notes),
-        faults=tuple(str(f) for f in found.faults[:5]),
-        fault_count=len(found.faults),
+        faults=tuple(faults[:5]),
+        fault_count=len(faults),
     )
 
 
 def check_data(data: Data, seed: int = 0, tokenizer: Speaker | None = None, max_length: int | None = None) -> Report:
     """A report on a source: faulty rows are counted and the first of them told, instead of stopping at one."""
-    whole = Reading()
+    source = data.path or ", ".join(part.path for part in data.parts())
+    whole = Reading(Part(path=source))
     for part in data.parts():
         rows = data.rows or (_WORLD_ROWS if part.path.startswith("world:") else None)
         reading = read_part(part, rows, key("data", seed), tolerant=True)
         whole.records += reading.records
         whole.formats += reading.formats
         whole.notes += reading.notes
-        whole.faults += reading.faults
-    if not whole.records and whole.faults:
-        raise PalateError(str(whole.faults[0]))
-    source = data.path or ", ".join(part.path for part in data.parts())
+        whole.bad += reading.bad
+        whole.broken = whole.broken or reading.broken
+    if not whole.records and (whole.bad or whole.broken):
+        raise PalateError(whole.bad[0].message if whole.bad else str(whole.broken))
     return check(whole.records, tokenizer, max_length, source, whole)
 
 

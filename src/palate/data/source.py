@@ -7,20 +7,22 @@ import inspect
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from pydantic import Field, model_validator
 
-from palate.data.containers import container, is_saved, read_file, read_hub, read_saved
-from palate.data.formats import Row, named, read_rows
+from palate.data.columnar import is_saved, read_hub, read_saved
+from palate.data.containers import container, read_file
+from palate.data.formats import BadRow, Row, named, read_rows
+from palate.data.formats.row import listed
+from palate.data.mixing import mix, split_by_prompt
 from palate.data.pairing import pair_labels
 from palate.data.queries import fill
-from palate.randomness import key, permutation, uniforms
+from palate.randomness import key
 from palate.records import Record
 from palate.settings import PalateError, Settings, kinds, nearest
 
@@ -103,6 +105,9 @@ class Data(Settings):
     held_out: float = Field(default=0.0, ge=0, lt=1)
     """Share of the prompts kept for evaluation: whole prompts and whole groups, never single rows."""
 
+    on_bad_row: Literal["fail", "skip"] = "fail"
+    """What a row that cannot be read does: stop the run, or be left out, told and written to skipped_rows.jsonl."""
+
     pair_labels: bool = False
     """Make preference pairs of thumbs up and thumbs down for the same prompt, on each side of the split by itself."""
 
@@ -138,26 +143,57 @@ class Data(Settings):
 class Reading:
     """Records of one part with what was noticed on the way."""
 
+    part: Part
     records: list[Record] = field(default_factory=lambda: list[Record]())
     formats: list[str] = field(default_factory=lambda: list[str]())
     notes: list[str] = field(default_factory=lambda: list[str]())
-    faults: list[PalateError] = field(default_factory=lambda: list[PalateError]())
+    bad: list[BadRow] = field(default_factory=lambda: list[BadRow]())
+    rows: int = 0
+    """Rows met, the bad ones among them."""
+    broken: PalateError | None = None
+    """Why nothing could be read after the last row."""
+
+    @property
+    def skipped(self) -> str:
+        """In words, which rows were left out; empty when none was."""
+        if not self.bad:
+            return ""
+        count = f"{len(self.bad):,} of {self.rows:,} rows"
+        return f"{count} of {self.part.path} were skipped, the first: {self.bad[0].message}"
 
 
 def load(data: Data, seed: int, side: Side = "train") -> list[Record]:
     """The records of one side of the split; without `held_out` all of them are on the training side.
 
     The same settings and seed give the same records in the same order. Raises PalateError for whatever is wrong with
-    the source, and when nothing is left.
+    the source, and when nothing is left. Rows that `on_bad_row: skip` leaves out are told in the log.
     """
-    mine = key("data", data.seed if data.seed is not None else seed)
-    readings = [read_part(part, data.rows, mine) for part in data.parts()]
-    for part, reading in zip(data.parts(), readings, strict=True):
+    readings = read(data, seed)
+    for reading in readings:
+        if reading.bad:
+            _log.warning("%s", reading.skipped)
+    return arrange(data, readings, seed, side)
+
+
+def read(data: Data, seed: int) -> list[Reading]:
+    """What each part of the data holds, in the order of the source. Raises PalateError as `load` does."""
+    tolerant = data.on_bad_row == "skip"
+    readings = [read_part(part, data.rows, _key(data, seed), tolerant) for part in data.parts()]
+    for reading in readings:
+        if reading.broken:
+            raise reading.broken
         if not reading.records:
-            raise PalateError(f"{part.path}: no records. Give a source with at least one.")
+            raise PalateError(reading.skipped or f"{reading.part.path}: no records. Give a source with at least one.")
         for note in reading.notes:
             _log.warning("%s", note)
-    records = mix([r.records for r in readings], data, mine)
+    return readings
+
+
+def arrange(data: Data, readings: Sequence[Reading], seed: int, side: Side = "train") -> list[Record]:
+    """One side of the split of what was read, mixed and in the order of the seed."""
+    mine = _key(data, seed)
+    weights = [part.weight for part in data.parts()]
+    records = mix([reading.records for reading in readings], weights, data.rows, data.shuffle, mine)
     if data.held_out and side != "all":
         train, held_out = split_by_prompt(records, data.held_out)
         records = train if side == "train" else held_out
@@ -166,24 +202,39 @@ def load(data: Data, seed: int, side: Side = "train") -> list[Record]:
     return records
 
 
+def _key(data: Data, seed: int) -> int:
+    return key("data", data.seed if data.seed is not None else seed)
+
+
 def read_part(part: Part, rows: int | None, seed: int, tolerant: bool = False) -> Reading:
-    """All records of one part in the order of the source. `tolerant` collects the faults of rows and goes on."""
-    reading = Reading()
+    """All records of one part in the order of the source. `tolerant` keeps faults in the reading and raises none."""
+    reading = Reading(part)
     if part.path.startswith("world:"):
         reading.records = _ask_world(part, rows, seed)
         reading.formats = [part.path]
         return reading
-    found = read_rows(_renamed(part, open_rows(part)), part.format, reading.faults if tolerant else None)
-    for how, record in found:
-        reading.records.append(record)
-        if how.name not in reading.formats:
-            reading.formats.append(how.name)
-            if how.note:
-                reading.notes.append(f"{part.path}: {how.note}.")
+    try:
+        for how, record in read_rows(_counted(part, reading), part.format, reading.bad if tolerant else None):
+            reading.records.append(record)
+            if how.name not in reading.formats:
+                reading.formats.append(how.name)
+                if how.note:
+                    reading.notes.append(f"{part.path}: {how.note}.")
+    except PalateError as fault:
+        if not tolerant:
+            raise
+        reading.broken = fault
     return reading
 
 
-def open_rows(part: Part) -> Iterator[Row]:
+def _counted(part: Part, reading: Reading) -> Iterator[Row | BadRow]:
+    baseline = _baseline(part)
+    for row in open_rows(part):
+        reading.rows += 1
+        yield row if isinstance(row, BadRow) else _as_asked(row, part, baseline)
+
+
+def open_rows(part: Part) -> Iterator[Row | BadRow]:
     """The raw rows of a part, whatever it is kept in."""
     path = _expanded(part.path)
     if not glob.has_magic(str(path)) and path.is_dir() and is_saved(path):
@@ -205,12 +256,11 @@ def _local_files(part: Part) -> list[Path]:
     path = _expanded(part.path)
     if path.is_file():
         return [path]
-    pattern = str(path / "**" / "*") if path.is_dir() else str(path)
+    pattern = path / "**" / "*" if path.is_dir() else path
     if path.is_dir() and is_saved(path):
         return sorted(p for p in path.rglob("*") if p.is_file())
-    if glob.has_magic(pattern):
-        found = [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
-        files = [p for p in found if p.is_file() and container(p)]
+    if glob.has_magic(str(pattern)):
+        files = sorted(p for p in _matching(pattern) if p.is_file() and container(p))
         if not files:
             raise PalateError(f"{part.path}: no data files found. Known endings: jsonl, json, csv, tsv, txt, parquet.")
         return files
@@ -219,43 +269,71 @@ def _local_files(part: Part) -> list[Path]:
     raise PalateError(f"{part.path}: no such file or folder.{_neighbour(path)} Check the path.")
 
 
+def _matching(pattern: Path) -> Iterator[Path]:
+    """Every path that fits a pattern. `**` enters each folder once, so links that form a loop end."""
+    found = [Path(pattern.anchor)]
+    for part in pattern.parts[len(found[0].parts) :]:
+        if part == "**":
+            found = [inner for outer in found for inner in _folders(outer)]
+        elif glob.has_magic(part):
+            found = [outer / name for outer in found for name in glob.glob(part, root_dir=outer)]
+        else:
+            found = [outer / part for outer in found]
+    return (path for path in dict.fromkeys(found) if path.exists())
+
+
+def _folders(top: Path) -> Iterator[Path]:
+    """A folder and all below it, hidden ones left out."""
+    seen: set[str] = set()
+    for folder, inner, _ in os.walk(top, followlinks=True):
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
+        real = os.path.realpath(folder)
+        if real in seen:
+            inner.clear()
+            continue
+        seen.add(real)
+        yield Path(folder)
+
+
 def _neighbour(path: Path) -> str:
     return nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ""
 
 
-def _renamed(part: Part, rows: Iterator[Row]) -> Iterator[Row]:
-    """Rows with the columns called as the settings say, and the baseline's answers beside them."""
-    baseline = _baseline(part)
-    for row in rows:
-        columns = dict(row.columns)
-        if baseline and "output_1" not in columns:
-            columns["output_1"] = baseline.get(str(columns.get("instruction")))
-        yield Row(_rename(row, columns, part.columns), row.place) if part.columns else Row(columns, row.place)
-
-
-def _rename(row: Row, columns: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+def _as_asked(row: Row, part: Part, baseline: Mapping[str, Any]) -> Row | BadRow:
+    """A row with the columns called as the settings say, and the baseline's answer beside them."""
+    columns = dict(row.columns)
+    if baseline and "output_1" not in columns:
+        columns["output_1"] = baseline.get(str(columns.get("instruction")))
+    if not part.columns:
+        return Row(columns, row.place)
     made: dict[str, Any] = {}
-    for new, old in names.items():
-        if "{" in old:
-            try:
-                made[new] = fill(old, columns)
-            except PalateError as fault:
-                raise PalateError(f"{row.place}: columns.{new}: {fault}") from None
-        elif old in columns:
-            made[new] = columns[old]
-        else:
-            known = ", ".join(map(str, columns))
-            hint = nearest(old, [str(c) for c in columns])
-            raise PalateError(f"{row.place}: columns.{new}: there is no column {old!r}.{hint} Known: {known}.")
-    gone = {old for old in names.values() if "{" not in old}
-    return {**{k: v for k, v in columns.items() if k not in gone}, **made}
+    for new, old in part.columns.items():
+        try:
+            made[new] = _renamed(old, columns)
+        except PalateError as fault:
+            return BadRow(row.place, f"columns.{new}: {fault}", columns)
+    gone = {old for old in part.columns.values() if "{" not in old}
+    return Row({**{k: v for k, v in columns.items() if k not in gone}, **made}, row.place)
+
+
+def _renamed(old: str, columns: dict[str, Any]) -> Any:
+    if "{" in old:
+        return fill(old, columns)
+    if old not in columns:
+        hint = nearest(old, [str(c) for c in columns])
+        raise PalateError(f"there is no column {old!r}.{hint} Known: {listed(columns)}.")
+    return columns[old]
 
 
 def _baseline(part: Part) -> dict[str, Any]:
     if "baseline" not in part.options:
         return {}
-    rows = open_rows(Part(path=str(part.options["baseline"])))
-    return {str(row.get("instruction")): row.columns.get("output_1", row.columns.get("output")) for row in rows}
+    answers: dict[str, Any] = {}
+    for row in open_rows(Part(path=str(part.options["baseline"]))):
+        if isinstance(row, BadRow):
+            raise PalateError(row.message)
+        answers[str(row.get("instruction"))] = row.columns.get("output_1", row.columns.get("output"))
+    return answers
 
 
 def _ask_world(part: Part, rows: int | None, seed: int) -> list[Record]:
@@ -276,72 +354,3 @@ def _ask_world(part: Part, rows: int | None, seed: int) -> list[Record]:
         return list(make(shape, rows, seed, **part.options))
     except ValueError as fault:
         raise PalateError(f"{part.path}: {fault}") from None
-
-
-def mix(pools: list[list[Record]], data: Data, seed: int) -> list[Record]:
-    """One list out of the parts' records.
-
-    Place i of a mixture takes its part by the i-th number of a counter, in proportion to the weights, and the next
-    record of that part. With `rows` a part that runs dry starts over in a new order; without, the mixture ends there.
-    """
-    weights = np.array([part.weight for part in data.parts()])
-    edges = np.cumsum(weights / weights.sum())
-    orders = [_walk(pool, data, seed, number) for number, pool in enumerate(pools)]
-    if len(pools) == 1:
-        return orders[0].once(data.rows)
-    counter = np.array([key(seed, "mixture")], dtype=np.uint64)
-    mixed: list[Record] = []
-    while data.rows is None or len(mixed) < data.rows:
-        place = uniforms(counter, len(mixed))[0]
-        order = orders[min(int(np.searchsorted(edges, place, side="right")), len(orders) - 1)]
-        if data.rows is None and order.dry:
-            break
-        mixed.append(order.next())
-    return mixed
-
-
-@dataclass
-class _Walk:
-    """A part's records in order, and again in another order after the last one."""
-
-    pool: list[Record]
-    shuffled: bool
-    seed: int
-    number: int
-    taken: int = 0
-    order: list[int] = field(default_factory=lambda: list[int]())
-
-    @property
-    def dry(self) -> bool:
-        return self.taken >= len(self.pool)
-
-    def next(self) -> Record:
-        turn, place = divmod(self.taken, len(self.pool))
-        if place == 0:
-            count = len(self.pool)
-            fresh = permutation(count, self.seed, "order", self.number, turn)
-            self.order = fresh if self.shuffled else list(range(count))
-        self.taken += 1
-        return self.pool[self.order[place]]
-
-    def once(self, rows: int | None) -> list[Record]:
-        return [self.next() for _ in range(min(len(self.pool), rows or len(self.pool)))]
-
-
-def _walk(pool: list[Record], data: Data, seed: int, number: int) -> _Walk:
-    return _Walk(pool, data.shuffle, seed, number)
-
-
-def split_by_prompt(records: list[Record], share: float) -> tuple[list[Record], list[Record]]:
-    """(train, held out): all records of one prompt or group land on one side.
-
-    A side is a pure function of the prompt's key, so every stage of every run holds out the same prompts. When chance
-    leaves a side empty, the prompt nearest to the border crosses it; a single prompt cannot be split.
-    """
-    names = list({record.key for record in records})
-    places = uniforms(np.array([key("held out", name) for name in names], dtype=np.uint64), 0)
-    if len(names) < 2:
-        raise PalateError("held_out: all records belong to one prompt, which cannot be split. Set held_out: 0.")
-    border = min(max(share, np.nextafter(places.min(), 1)), places.max())
-    held = {name for name, place in zip(names, places, strict=True) if place < border}
-    return [r for r in records if r.key not in held], [r for r in records if r.key in held]

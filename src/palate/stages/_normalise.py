@@ -14,14 +14,14 @@ from palate.batches import Tokens
 from palate.cast import Cast
 from palate.data.collate import examples
 from palate.data.encode import Encoding, encode_demonstrations, encode_prompts
-from palate.data.source import Data, load
+from palate.data.source import Data
 from palate.engines.engine import Sampling
 from palate.engines.local import LocalEngine
 from palate.models.load import Loaded, Loading
 from palate.randomness import key
 from palate.records import Record
 from palate.settings import PalateError, Settings
-from palate.stages import _seats
+from palate.stages import _rows, _seats
 from palate.workspace import Workspace
 
 _CHUNK = 32
@@ -72,7 +72,7 @@ def normalise(asked: Normalise, scale: Scale) -> tuple[float, float]:
     head = scale.cast.seat("reward").head
     if head is None:
         raise PalateError("normalise: this stage trains no reward head.")
-    records = load(asked.data, scale.here.seed, "all") if asked.data is not None else scale.records
+    records = _rows.read_side(asked.data, scale.here, "all") if asked.data is not None else scale.records
     tokens = (_answers if asked.over == "answers" else _demonstrations)(asked, scale, records)
     with torch.no_grad():
         head.gain.fill_(1.0)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 from palate.batches import Rows
-from palate.data import collate
+from palate.data import collate, source
 from palate.data.encode import (
     Encoding,
     PromptRow,
@@ -17,7 +20,7 @@ from palate.data.encode import (
     encode_prompts,
     encode_rankings,
 )
-from palate.data.source import Data, load
+from palate.data.source import Data
 from palate.models.tokenizer import Tokenizer
 from palate.records import Record, text_of
 from palate.workspace import Workspace
@@ -27,9 +30,42 @@ Row = TokenRow | RankedRow
 _ENCODERS: dict[str, Callable[..., Any]] = {"demonstrations": encode_demonstrations, "rankings": encode_rankings}
 
 
-def read(data: Data, seed: int) -> tuple[list[Record], list[Record]]:
+SKIPPED = "skipped_rows.jsonl"
+"""The file of a stage's folder that holds the rows `on_bad_row: skip` left out."""
+
+
+def read(data: Data, here: Workspace) -> tuple[list[Record], list[Record]]:
     """The records to train on and the held-out ones (none when nothing is held out)."""
-    return load(data, seed), load(data, seed, "held_out") if data.held_out else []
+    readings = _told(data, here)
+    train = source.arrange(data, readings, here.seed)
+    return train, source.arrange(data, readings, here.seed, "held_out") if data.held_out else []
+
+
+def read_side(data: Data, here: Workspace, side: source.Side) -> list[Record]:
+    """The records of one side of the split."""
+    return source.arrange(data, _told(data, here), here.seed, side)
+
+
+def _told(data: Data, here: Workspace) -> list[source.Reading]:
+    """What the data holds; rows that were skipped are counted, told once and written aside."""
+    readings = source.read(data, here.seed)
+    for reading in readings:
+        if reading.bad:
+            aside = here.folder / SKIPPED
+            _write_aside(aside, reading)
+            here.warn(f"{reading.skipped}; they are in {aside}")
+    return readings
+
+
+def _write_aside(path: Path, reading: source.Reading) -> None:
+    """The bad rows of one source, beside those of other sources; a stage that starts again writes the same file."""
+    origin = reading.part.path
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    kept = [line for line in lines if json.loads(line)["source"] != origin]
+    mine = [{"source": origin, "place": r.place, "fault": r.fault, "row": r.raw} for r in reading.bad]
+    written = path.with_name(f".{path.name}.{os.getpid()}")
+    written.write_text("".join(f"{line}\n" for line in [*kept, *(json.dumps(row, default=str) for row in mine)]))
+    os.replace(written, path)
 
 
 def encode(

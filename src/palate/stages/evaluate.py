@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from palate.data.encode import Encoding
-from palate.data.source import Data, load
+from palate.data.source import Data
 from palate.engines.engine import Sampling
 from palate.evaluation import outcome
 from palate.evaluation.outcome import ModelOutcome, Outcome
@@ -20,7 +20,7 @@ from palate.models.tokenizer import Tokenizer
 from palate.records import Record
 from palate.rewards.reward import AnyReward, Scorer, stages_read
 from palate.settings import Choice, PalateError, nearest
-from palate.stages import _answering, _comparing, _seats
+from palate.stages import _answering, _comparing, _rows, _seats
 from palate.stages._judging import Truncation
 from palate.workspace import Workspace
 
@@ -112,7 +112,7 @@ class Stage(Choice):
         baseline: Loaded | None = None
         if self.prompts is None:
             return said, None
-        asking = self._asking(_held(self.prompts, here.seed))
+        asking = self._asking(_held(self.prompts, here))
         for name, source in self.models.items():
             model = load_model(here.resolve(source), "policy", self.loading)
             baseline = baseline or model
@@ -131,7 +131,7 @@ class Stage(Choice):
         if self.comparisons is None:
             return {}
         tokenizer = tokenizer or self._tokenizer_of_a_reward(judges)
-        records = _held(self.comparisons, here.seed)
+        records = _held(self.comparisons, here)
         rankings, answers, left_out = _answering.given_answers(records, tokenizer, self.encoding)
         if left_out:
             notes.append(
@@ -175,9 +175,9 @@ class Stage(Choice):
         )
 
 
-def _held(data: Data, seed: int) -> list[Record]:
+def _held(data: Data, here: Workspace) -> list[Record]:
     """The held-out side where one is asked for, else everything."""
-    return load(data, seed, "held_out" if data.held_out else "all")
+    return _rows.read_side(data, here, "held_out" if data.held_out else "all")
 
 
 def _flat(found: Outcome) -> Iterator[tuple[str, float]]:

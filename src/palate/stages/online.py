@@ -124,7 +124,7 @@ class _Loop:
         )
         reward, watch = (_seats.at_hand(asked, here) for asked in (stage.reward, stage.watch))
         self.judging = Judging(reward or stage.reward, watch, stage.shaping, stage.truncation, self.loaded.tokenizer)
-        records, _ = _rows.read(stage.prompts, here.seed)
+        records, _ = _rows.read(stage.prompts, here)
         room = self.loaded.trunk.context - stage.sampling.max_new_tokens
         self.prompts = _rows.prompts(records, self.loaded.tokenizer, stage.encoding, room, here)
         self.engine = _seats.engine(self.cast, self.loaded.tokenizer, stage.sampling, records)

@@ -78,7 +78,7 @@ class Stage(Choice):
     def run(self, here: Workspace) -> None:
         """Train, measure, save the model."""
         algorithm: Offline = self.algorithm  # pyright: ignore[reportAssignmentType]
-        train, held = _rows.read(self.data, here.seed)
+        train, held = _rows.read(self.data, here)
         loaded = _seats.open_model(self.model, here, algorithm.trains[0], self.loading, texts=_rows.texts(train))
         encoder = (algorithm.reads, loaded.tokenizer, self.encoding, loaded.trunk.context, here)
         rows, held_rows = _rows.encode(train, *encoder), _rows.encode(held, *encoder)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from palate.data.formats import instruct, published, trl
-from palate.data.formats.row import Row
+from palate.data.formats.row import BadRow, Row, listed, one_line
 from palate.records import Record
 from palate.settings import PalateError, nearest
 
@@ -177,14 +177,14 @@ def detect(row: Row) -> Format:
     best = [f for f in fitting if not any(f.explains(columns) < g.explains(columns) for g in fitting)]
     if len(best) == 1:
         return best[0]
-    shown = ", ".join(row.columns) or "none"
+    shown = listed(row.columns)
     if best:
         names = " or ".join(f"{f.name} {f.shape}" for f in best)
-        raise PalateError(f"{row.place}: the columns {shown} fit {names}. Say which: format: {best[0].name}.")
-    raise PalateError(
-        f"{row.place}: no known format has the columns {shown}.{_nearest_shape(columns)} "
-        f"Rename them with columns: {{prompt: OLD_NAME, ...}}. Known: {', '.join(BY_NAME)}; see `palate list formats`."
-    )
+        fault = f"{row.place}: the columns {shown} fit {names}. Say which: format: {best[0].name}."
+        raise PalateError(one_line(fault))
+    fault = f"{row.place}: no known format has the columns {shown}.{_nearest_shape(columns)}"
+    move = "Rename them with columns: {prompt: OLD_NAME, ...}, or name one: `palate list formats` shows them."
+    raise PalateError(f"{one_line(fault)} {move}")
 
 
 def _nearest_shape(columns: set[str]) -> str:
@@ -206,26 +206,33 @@ def catalogue() -> list[tuple[str, str, str]]:
 
 
 def read_rows(
-    rows: Iterable[Row], name: str = "auto", faults: list[PalateError] | None = None
+    rows: Iterable[Row | BadRow], name: str = "auto", bad: list[BadRow] | None = None
 ) -> Iterator[tuple[Format, Record]]:
-    """Records of all rows with their format, which the first row decides when `name` is auto.
+    """Records of all rows with their format, which the first good row decides when `name` is auto.
 
-    A faulty row raises PalateError; with a list given, its error is put there and reading goes on. Where the file
-    itself cannot be read further, reading ends.
+    A row that cannot be read raises PalateError; with a list given it is put there and reading goes on. Where the
+    file itself cannot be read further, PalateError is raised in any case.
     """
     chosen = None if name == "auto" else named(name)
-    source = iter(rows)
-    while True:
+    for row in rows:
         try:
-            row = next(source, None)
-            if row is None:
-                return
-            chosen = chosen or detect(row)
-            found = list(chosen.read(row))
+            chosen, found = _records(row, chosen)
         except PalateError as fault:
-            if faults is None:
+            if bad is None:
                 raise
-            faults.append(fault)
+            bad.append(row if isinstance(row, BadRow) else _set_aside(row, str(fault)))
             continue
         for record in found:
             yield chosen, record
+
+
+def _records(row: Row | BadRow, chosen: Format | None) -> tuple[Format, list[Record]]:
+    """A row's records, read as `chosen` or as what its columns fit."""
+    if isinstance(row, BadRow):
+        raise PalateError(row.message)
+    how = chosen or detect(row)
+    return how, list(how.read(row))
+
+
+def _set_aside(row: Row, fault: str) -> BadRow:
+    return BadRow(row.place, fault.removeprefix(f"{row.place}: "), dict(row.columns))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, cast
 
 from palate.records import Message, Text
@@ -34,6 +36,32 @@ ROLES = {
 IMAGES_ELSEWHERE = "Pictures are not read by this version (they have their own issue); leave them out to train on text"
 
 
+_LONGEST_FAULT = 600
+"""Characters of a fault that are told: a damaged row may hold megabytes."""
+
+
+def one_line(text: str) -> str:
+    """`text` as it may stand in an error: one line, nothing that a terminal would obey, not endless."""
+    short = text if len(text) <= _LONGEST_FAULT else f"{text[: _LONGEST_FAULT - 60]} … {text[-50:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in short)
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that cannot be read, in the place where the row would be: reading goes on after it."""
+
+    place: str
+    fault: str
+    """What is wrong and the next move."""
+    raw: Any
+    """What stood there: the line as text, or the columns."""
+
+    @property
+    def message(self) -> str:
+        """`place: fault`, one line."""
+        return one_line(f"{self.place}: {self.fault}")
+
+
 @dataclass(frozen=True)
 class Row:
     """The columns of one row and where it stands, `file:line`."""
@@ -43,7 +71,7 @@ class Row:
 
     def fault(self, field: str, problem: str, move: str) -> PalateError:
         """The error for this row: `place: field: problem. Next move.`"""
-        return PalateError(f"{self.place}: {field}: {problem}. {move}.")
+        return PalateError(one_line(f"{self.place}: {field}: {problem}. {move.strip()}."))
 
     def has(self, *fields: str) -> bool:
         """Whether every one of the fields is there and is not null."""
@@ -56,7 +84,7 @@ class Row:
     def get(self, field: str) -> Any:
         """A value that must be there."""
         if not self.has(field):
-            known = ", ".join(str(k) for k in self.columns) or "none"
+            known = listed(self.columns)
             what = "is null" if field in self.columns else "is missing"
             raise self.fault(field, f"{what}; this row has the columns {known}", "Fill it in or remove the row")
         return self.columns[field]
@@ -135,7 +163,8 @@ class Row:
         role = self.string(given.get(name), f"{field}.{name}")
         if role.lower() not in ROLES:
             known = ", ".join(ROLES)
-            raise self.fault(f"{field}.{name}", f"no role is called {role!r}", f"{nearest(role, ROLES)} Known: {known}")
+            hint = nearest(role[:40], ROLES)
+            raise self.fault(f"{field}.{name}", f"no role is called {role[:60]!r}", f"{hint} Known: {known}")
         if given.get(said) is None and given.get("tool_calls"):
             move = "Write the call as text in `content`"
             raise self.fault(f"{field}.tool_calls", "a turn with tool calls and no text", move)
@@ -176,12 +205,48 @@ class Row:
         return {str(k): v for k, v in self.columns.items() if k not in used and v is not None}
 
 
+def listed(names: Iterable[object]) -> str:
+    """The names of columns for an error line, a few of them where they are many or long."""
+    found = [str(name) for name in names]
+    short = [name if len(name) <= 40 else f"{name[:37]}..." for name in found[:20]]
+    more = [f"and {len(found) - 20} more"] if len(found) > 20 else []
+    return ", ".join([*short, *more]) or "none"
+
+
 def shown(value: Any) -> str:
     """A short spelling of a value for an error line."""
     if value is None:
         return "nothing"
-    spelled = repr(value)
+    spelled = repr(value[:60] if isinstance(value, str | bytes | list) else value)
     return f"{type(value).__name__} {spelled if len(spelled) <= 60 else spelled[:57] + '...'}"
+
+
+_DEEPEST = 64
+
+
+def read_json(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError for what is not JSON, nests absurdly or says a key twice."""
+    if text.count("[") + text.count("{") > _DEEPEST and _depth(text) > _DEEPEST:
+        raise ValueError(f"it nests deeper than {_DEEPEST} levels")
+    return json.loads(text, object_pairs_hook=_each_key_once)
+
+
+def _depth(text: str) -> int:
+    """The most brackets open at once, those inside strings left out."""
+    steps = (1 if c in "[{" else -1 for c in _STRING.sub("", text) if c in "[{]}")
+    return max(accumulate(steps), default=0)
+
+
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.S)
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice[:60]!r} is there twice")
+    return found
 
 
 _FLAGS = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
@@ -199,8 +264,8 @@ def _unfolded(value: Any) -> Any:
     """A CSV cell or a nested string that spells JSON, read; anything else as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in {"[", "{"}:
         try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
+            return read_json(value)
+        except ValueError:
             return value
     return value
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from palate.data.formats.row import Row
 from palate.records import Message, Text
 
-_WORD_END = re.compile(r"[^\W⺀-鿿가-힯豈-﫿]+\Z")
-"""Letters and digits at the end, scripts without spaces (Chinese, Japanese, Korean) aside."""
+_IN_WORD = re.compile(r"[^\W⺀-鿿가-힯豈-﫿]")
+"""A letter or digit, scripts without spaces (Chinese, Japanese, Korean) aside."""
 
 
 def user(text: str) -> tuple[Message, ...]:
@@ -86,13 +86,13 @@ def _common_words(one: str, other: str) -> int:
     shorter = min(len(one), len(other))
     cut = next((i for i in range(shorter) if one[i] != other[i]), shorter)
     if cut == shorter or _inside_a_word(one, cut) or _inside_a_word(other, cut):
-        cut = len(_WORD_END.sub("", one[:cut]))
+        while cut and _IN_WORD.match(one, cut - 1):
+            cut -= 1
     return len(one[:cut].rstrip(" "))
 
 
 def _inside_a_word(text: str, cut: int) -> bool:
-    joined = _WORD_END.search(text[: cut + 1])
-    return bool(joined) and cut > 0 and cut < len(text) and joined.start() < cut
+    return 0 < cut < len(text) and all(_IN_WORD.match(text, place) for place in (cut - 1, cut))
 
 
 def distinct(row: Row, field: str, answers: Sequence[Text]) -> None:
