@@ -2,13 +2,14 @@
 
     checkpoints/step-00000120/
       tensors-000.safetensors …   at most two GiB each
-      state.json                  step, names that share one tensor, and the caller's own state
+      state.json                  step, sha256 of each tensors file, names that share one tensor, the caller's own state
       MANIFEST.json               size and sha256 of each file above, written last
 
 A save builds a hidden folder, makes every file durable, writes the manifest, renames the folder into place
 and makes the rename durable; only then are older checkpoints removed. A process killed anywhere, or a full
-disk, leaves the checkpoint before it untouched. A load takes the newest folder whose every byte is what its
-manifest says.
+disk, leaves the checkpoint before it untouched. A load takes the newest folder that holds the files of its
+manifest and no others, every byte as the manifest says. A removal renames to a hidden name first, so a kill in the
+middle of it leaves no torn checkpoint to be seen; the next save sweeps what is left.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from torch import Tensor
 
 from palate.settings import PalateError
 
-FORMAT = "palate-checkpoint-1"
+FORMAT = "palate-checkpoint-2"
 _SHARD_BYTES = 2 << 30
+_MANIFEST = "MANIFEST.json"
+_STAGED, _REMOVED = ".staged-", ".removed-"
 _NAME = re.compile(r"step-(\d{8,})(\.before)?")
 
 Checkpoint = tuple[int, dict[str, Tensor], dict[str, Any]]
@@ -61,7 +64,7 @@ class CheckpointStore:
         disk that fills up raises PalateError and leaves the earlier checkpoints as they were.
         """
         _refuse_other_keys(state, "state")
-        staged = self.folder / f".staged-{step:08d}"
+        staged = self.folder / f"{_STAGED}{step:08d}"
         try:
             self._sweep()
             staged.mkdir(parents=True)
@@ -74,23 +77,28 @@ class CheckpointStore:
         self.prune(self.keep)
         return final
 
-    def newest(self) -> Checkpoint | None:
-        """(step, tensors on the CPU, state) of the newest checkpoint that verifies, or None."""
+    def newest(self, step: int | None = None) -> Checkpoint | None:
+        """(step, tensors on the CPU, state) of the newest checkpoint that verifies, or None.
+
+        With `step`, of that step's checkpoint only.
+        """
         damaged = 0
         for folder in self._folders():
+            if step is not None and _order(folder)[0] != step:
+                continue
             try:
                 return _read(folder)
             except _Damaged as why:
                 damaged += 1
                 self._warn(f"checkpoint {folder} is skipped: {why}.")
-        if damaged:
+        if damaged and step is None:
             self._warn(f"none of the {damaged} checkpoints in {self.folder} is whole; starting from the beginning.")
         return None
 
     def prune(self, keep: int) -> None:
         """Remove all but the `keep` newest checkpoints; the newest always stays."""
         for folder in self._folders()[max(keep, 1) :]:
-            shutil.rmtree(folder)
+            self._remove(folder)
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint folder, newest first, not yet verified."""
@@ -101,36 +109,60 @@ class CheckpointStore:
         return sorted((f for f in found if _NAME.fullmatch(f.name) and f.is_dir()), key=_order, reverse=True)
 
     def _sweep(self) -> None:
-        for left_over in self.folder.glob(".staged-*"):
-            shutil.rmtree(left_over)
+        for hidden in (f"{_STAGED}*", f"{_REMOVED}*"):
+            for left_over in self.folder.glob(hidden):
+                _delete(left_over)
 
     def _put_in_place(self, staged: Path, step: int) -> Path:
         """Rename into place. An old checkpoint of this step first steps aside, still readable."""
         final = self.folder / f"step-{step:08d}"
         aside = self.folder / f"{final.name}.before"
         if final.exists():
-            shutil.rmtree(aside, ignore_errors=True)
+            self._remove_if_there(aside)
             final.rename(aside)
         staged.rename(final)
-        _sync_folder(self.folder)
-        shutil.rmtree(aside, ignore_errors=True)
+        sync_folder(self.folder)
+        self._remove_if_there(aside)
         return final
+
+    def _remove_if_there(self, folder: Path) -> None:
+        if os.path.lexists(folder):
+            self._remove(folder)
 
     def _forget_the_future(self, step: int) -> None:
         """Later steps are damaged ones this run went back behind: what they said no longer happened."""
         for folder in self._folders():
             if _order(folder)[0] > step:
-                shutil.rmtree(folder)
+                self._remove(folder)
+
+    def _remove(self, folder: Path) -> None:
+        """Out of sight in one step, then gone. What cannot be removed is told and is no reason to stop."""
+        hidden = self.folder / f"{_REMOVED}{folder.name}"
+        try:
+            _delete(hidden)
+            folder.rename(hidden)
+            _delete(hidden)
+        except OSError as fault:
+            self._warn(f"the old checkpoint {folder} could not be removed: {fault}. Remove it to save room.")
 
     def _why_not_saved(self, step: int, fault: Exception) -> str:
         kept = self.steps()
         safe = f"The checkpoint of step {kept[0]} is untouched." if kept else "There is no earlier checkpoint."
         full = isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = "the disk is full" if full or "No space left" in str(fault) else str(fault)
+        full = full or any(said in str(fault) for said in ("No space left", "Disk quota"))  # safetensors' own words
+        what = "the disk is full" if full else str(fault)
         return (
             f"{self.folder}: the checkpoint of step {step} could not be written: {what}. {safe} "
             "Make room and run the same command again."
         )
+
+
+def _delete(path: Path) -> None:
+    """Remove a folder with all it holds, or whatever else has its name."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _order(folder: Path) -> tuple[int, bool]:
@@ -154,15 +186,18 @@ def _write(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mappin
     unique, shared = _untie(tensors)
     for number, shard in enumerate(_shards(unique)):
         save_file(shard, folder / f"tensors-{number:03d}.safetensors")
-    body = {"step": step, "shared": shared, "state": state}
+    # The digests stand here too: a manifest that was made to fit other tensors does not fit this file.
+    digests = {f.name: sha256(f) for f in sorted(folder.iterdir())}
+    body = {"step": step, "tensors": digests, "shared": shared, "state": state}
     (folder / "state.json").write_text(json.dumps(body, ensure_ascii=False), encoding="utf-8")
-    files = {f.name: {"bytes": f.stat().st_size, "sha256": sha256(f)} for f in sorted(folder.iterdir())}
+    digests["state.json"] = sha256(folder / "state.json")
+    files = {name: {"bytes": (folder / name).stat().st_size, "sha256": digests[name]} for name in sorted(digests)}
     for name in files:
-        _sync_file(folder / name)
-    manifest = folder / "MANIFEST.json"
+        sync_file(folder / name)
+    manifest = folder / _MANIFEST
     manifest.write_text(_manifest_text(files), encoding="utf-8")
-    _sync_file(manifest)
-    _sync_folder(folder)
+    sync_file(manifest)
+    sync_folder(folder)
 
 
 def _manifest_text(files: Mapping[str, Any]) -> str:
@@ -204,13 +239,14 @@ def _shards(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 
 def _read(folder: Path) -> Checkpoint:
-    names = _verified(folder)
+    digests = _verified(folder)
     try:
         body = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if body["tensors"] != {name: digest for name, digest in digests.items() if name != "state.json"}:
+            raise _Damaged("its state was saved with other tensors")
         tensors: dict[str, Tensor] = {}
-        for name in names:
-            if name.endswith(".safetensors"):
-                tensors |= load_file(folder / name)
+        for name in body["tensors"]:
+            tensors |= load_file(folder / name)
         tensors |= {name: tensors[holder] for name, holder in body["shared"].items()}
         step, state = int(body["step"]), dict(body["state"])
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as fault:
@@ -220,24 +256,50 @@ def _read(folder: Path) -> Checkpoint:
     return step, tensors, state
 
 
-def _verified(folder: Path) -> list[str]:
-    """The files of a checkpoint, each exactly as its manifest says."""
+def _verified(folder: Path) -> dict[str, str]:
+    """The files of a checkpoint with their digests: those of its manifest and no others, each as it says."""
     try:
-        text = (folder / "MANIFEST.json").read_text(encoding="utf-8")
-        files = cast(dict[str, dict[str, Any]], json.loads(text)["files"])
-        if text != _manifest_text(files):
-            raise _Damaged("MANIFEST.json was changed")
-        if "state.json" not in files:
-            raise _Damaged("MANIFEST.json does not speak of state.json")
+        files = _manifest(folder)
+        there = {path.name for path in folder.iterdir()} - {_MANIFEST}
+        if there != set(files):
+            raise _Damaged(
+                f"its manifest speaks of {_named(set(files) - there)}, it holds {_named(there - set(files))}"
+            )
         for name, said in files.items():
-            path = folder / Path(name).name
-            if path.stat().st_size != said["bytes"]:
-                raise _Damaged(f"{name} has {path.stat().st_size} bytes, its manifest says {said['bytes']}")
-            if sha256(path) != said["sha256"]:
-                raise _Damaged(f"{name} does not have the sha256 its manifest says")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as fault:
+            _verify(folder / name, said)
+        return {name: said["sha256"] for name, said in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
         raise _Damaged(f"it is not whole: {fault}") from fault
-    return sorted(files)
+
+
+def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """What the manifest says of each file. A name that leads out of the folder is refused."""
+    if folder.is_symlink() or (folder / _MANIFEST).is_symlink():
+        raise _Damaged("it is a link, and what a link leads to may change")
+    text = (folder / _MANIFEST).read_text(encoding="utf-8")
+    said = json.loads(text)
+    if said["format"] != FORMAT:
+        raise _Damaged(f"its format is {said['format']!r}, this palate reads {FORMAT!r}")
+    files = cast(dict[str, dict[str, Any]], said["files"])
+    if text != _manifest_text(files):
+        raise _Damaged(f"{_MANIFEST} was changed")
+    for name in files:
+        if name in (".", "..", _MANIFEST) or set(name) & set("/\\\0"):
+            raise _Damaged(f"{_MANIFEST} names {name!r}, which is no file of this folder")
+    return files
+
+
+def _verify(path: Path, said: Mapping[str, Any]) -> None:
+    if path.is_symlink() or not path.is_file():
+        raise _Damaged(f"{path.name} is no plain file")
+    if path.stat().st_size != said["bytes"]:
+        raise _Damaged(f"{path.name} has {path.stat().st_size} bytes, its manifest says {said['bytes']}")
+    if sha256(path) != said["sha256"]:
+        raise _Damaged(f"{path.name} does not have the sha256 its manifest says")
+
+
+def _named(files: set[str]) -> str:
+    return ", ".join(sorted(files)[:3]) or "nothing"
 
 
 def sha256(path: Path) -> str:
@@ -246,12 +308,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync_file(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Make a file's content durable."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
     """Make the names inside a folder durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
