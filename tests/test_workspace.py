@@ -38,11 +38,13 @@ def test_going_on_from_a_checkpoint_unsays_what_came_after_it(tmp_path: Path) ->
     for step in (1, 2, 3, 4):
         here.log(step, {"loss": 1.0})
         here.sample(step, [{"prompt": "a"}, {"prompt": "b"}])
+        here.tokens(step, [{"row": 0, "tokens": []}])
         here.warn("look")
     again = _workspace(tmp_path)
     again.resume(2)
     assert _steps(tmp_path / "metrics.jsonl") == [1, 2]
     assert _steps(tmp_path / "samples.jsonl") == [1, 1, 2, 2]
+    assert _steps(tmp_path / "tokens.jsonl") == [1, 2]
     assert _steps(tmp_path / "warnings.jsonl") == [1, 2]
     again.warn("look again")
     assert _steps(tmp_path / "warnings.jsonl") == [1, 2, 2]
