@@ -147,6 +147,6 @@ def _print_tables(stage: StageFolder, chosen: Steps, prompt: bool) -> None:
     from palate.diagnosis.tokens import logged
 
     console = Console()
-    shown = [Step(step, answers, logged(stage, step)) for step, answers in chosen.items()]
+    shown = [Step(f"{stage.name}, step {step}", answers, logged(stage, step)) for step, answers in chosen.items()]
     for part in render(shown, console.width, prompt):
         console.print(part)

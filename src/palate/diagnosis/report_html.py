@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader
 from markupsafe import Markup
 
 from palate import metrics
-from palate.diagnosis import curves, findings, numbers, samples, settings_view, svg
+from palate.diagnosis import curves, findings, numbers, samples, settings_view, svg, token_page
 from palate.diagnosis.run_folder import RunFolder, StageFolder, at, mapping
 
 _PAGE = Path(__file__).parent / "page"
@@ -55,6 +55,7 @@ def _parts(run: RunFolder) -> dict[str, Any]:
         "reward_pages": numbers.reward_pages(found),
         "samples": samples.of(run),
         "samples_note": _samples_note(run),
+        "tokens": token_page.of(run),
         "curves": [(s.name, drawn, list(series(s))) for s in run.stages if (drawn := curves.figures(s))],
         "facts": settings_view.facts(run.provenance),
         "settings": settings,
@@ -72,6 +73,7 @@ def _contents(parts: dict[str, Any]) -> list[tuple[str, str]]:
         ("frontier", "What the KL bought", parts["frontier"]),
         ("reward-model", "Reward model", parts["reward_pages"]),
         ("samples", "Before and after", parts["samples"]),
+        ("tokens", "Tokens", parts["tokens"]),
         ("training", "Training", parts["curves"]),
         ("provenance", "How it was made", True),
         ("warnings", "Warnings", True),
@@ -118,6 +120,9 @@ def _warnings(stage: StageFolder) -> Iterator[tuple[str, str, str]]:
 def missing(run: RunFolder) -> list[str]:
     """Everything a report would show and this run directory lacks."""
     absent = [*run.missing, *(f"{stage.name}: {text}" for stage in run.stages for text in stage.missing)]
+    for stage in run.stages:
+        if stage.kind == "online" and not stage.tokens:
+            absent.append(f"{stage.name}: answers token by token, since tokens.jsonl is not there or empty")
     if run.stages and not run.evaluated:
         absent.append("an evaluation: no stage left evaluation.json with a model in it")
     return absent

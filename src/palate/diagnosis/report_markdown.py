@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from palate.diagnosis import findings, numbers, samples, settings_view
+from palate.diagnosis import findings, numbers, samples, settings_view, token_page
 from palate.diagnosis.report_html import missing, series
 from palate.diagnosis.run_folder import RunFolder, mapping
 from palate.diagnosis.svg import short
@@ -14,7 +14,7 @@ _SAMPLES = 4
 
 def render(run: RunFolder) -> str:
     """The whole text."""
-    return "\n".join([*_head(run), *_numbers(run), *_samples(run), *_training(run), *_made(run)]) + "\n"
+    return "\n".join([*_head(run), *_numbers(run), *_samples(run), *_tokens(run), *_training(run), *_made(run)]) + "\n"
 
 
 def _head(run: RunFolder) -> Iterator[str]:
@@ -48,6 +48,14 @@ def _samples(run: RunFolder) -> Iterator[str]:
         for side in sample.sides:
             scores = ", ".join(f"{name} {short(value)}" for name, value, _ in side.scores)
             yield f"\n{side.name} ({scores}):\n\n{_indented(side.text)}"
+
+
+def _tokens(run: RunFolder) -> Iterator[str]:
+    lines = list(token_page.in_brief(run))
+    if lines:
+        yield "\n## Tokens\n"
+        yield _indented("\n".join(lines).rstrip())
+        yield "\n`palate show RUN --step N` shows every token."
 
 
 def _indented(text: str) -> str:

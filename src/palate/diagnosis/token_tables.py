@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from palate.diagnosis.run_folder import Row, number
-from palate.diagnosis.tokens import Answer, Column, columns, counted, text_of, visible
+from palate.diagnosis.tokens import Answer, Column, columns, counted, how_long, spelled, visible
 
 _TOKEN, _NUMBER, _BETWEEN = 14, 7, 1
 _FIXED = 4 + _BETWEEN + _TOKEN + _BETWEEN + 4  # place, token, mask
@@ -36,7 +36,7 @@ _SIGNED = {
 class Step:
     """What is shown of one step: its answers, and what was logged of the whole rollout."""
 
-    number: int
+    name: str
     answers: Sequence[Answer]
     logged: Mapping[str, float]
 
@@ -71,7 +71,7 @@ def _head(step: Step) -> RenderableType:
     whole = _summary(step.logged) if step.logged else "not logged at this step"
     width = max(len(answers), len("whole rollout"))
     lines = f"{answers:<{width}}  {here}\n{'whole rollout':<{width}}  {whole}"
-    return Group(Text(f"step {step.number}", style="bold"), Text(lines), Text())
+    return Group(Text(step.name, style="bold"), Text(lines), Text())
 
 
 def _summary(found: Mapping[str, float]) -> str:
@@ -79,8 +79,7 @@ def _summary(found: Mapping[str, float]) -> str:
 
 
 def _answer(answer: Answer, room: int, with_prompt: bool) -> RenderableType:
-    ended = "ended by itself" if answer.finished else "cut by length"
-    counts = f"prompt {len(answer.asked)} tokens, answer {answer.length} tokens, {ended}"
+    counts = f"prompt {len(answer.asked)} tokens, answer {how_long(answer)}"
     parts = [f"{name} {figure(number(value))}" for name, value in {**answer.parts, **answer.memory}.items()]
     title = f"row {answer.row}  score {figure(answer.score)}  " + "  ".join(parts)
     prompt = Text(f"prompt: {visible(answer.prompt)}", style="dim", overflow="ellipsis", no_wrap=True)
@@ -99,7 +98,7 @@ def fitting(every: Sequence[Column], room: int) -> list[Column]:
 
 
 def _table(answer: Answer, shown: Sequence[Column], with_prompt: bool) -> Table:
-    table = Table(box=None, padding=(0, _BETWEEN, 0, 0), pad_edge=False, show_footer=False)
+    table = Table(box=None, padding=(0, _BETWEEN, 0, 0), pad_edge=False)
     table.add_column("t", justify="right", min_width=4, no_wrap=True)
     table.add_column("token", no_wrap=True, overflow="ellipsis", min_width=_TOKEN, max_width=28)
     for column in shown:
@@ -117,11 +116,7 @@ def _table(answer: Answer, shown: Sequence[Column], with_prompt: bool) -> Table:
 
 
 def _place(token: Row, style: str) -> tuple[str, Text]:
-    """A token's index and text; spaces at its edges are shown, since they are part of it."""
-    text = text_of(token)
-    front, back = len(text) - len(text.lstrip(" ")), len(text) - len(text.rstrip(" "))
-    shown = "␣" * front + text.strip(" ") + "␣" * (back if text.strip(" ") else 0)
-    return str(token.get("t", "")), Text(shown, style=style)
+    return str(token.get("t", "")), Text(spelled(token), style=style)
 
 
 def _cell(token: Row, name: str, largest: float) -> Text:
@@ -134,7 +129,7 @@ def _cell(token: Row, name: str, largest: float) -> Text:
     if name == "score" and x == 0 and not token.get("scored"):
         return Text("·", style="dim")
     up, down = _SIGNED.get(name, ("", ""))
-    weight = "bold" if largest and abs(x) >= 0.5 * largest else ""
+    weight = "bold" if x and up and abs(x) >= 0.5 * largest else ""
     return Text(figure(x), style=f"{weight} {up if x > 0 else down if x < 0 else 'dim'}".strip())
 
 

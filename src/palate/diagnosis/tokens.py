@@ -140,6 +140,9 @@ def counted(answers: Sequence[Answer]) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in found.items() if values}
 
 
+BEHIND = "(behind the end)"
+
+
 def visible(text: str) -> str:
     """Text as it can be shown anywhere: line ends and tabs have a sign, other unprintable characters are escaped."""
     signs = {"\n": "⏎", "\t": "⇥"}
@@ -148,7 +151,21 @@ def visible(text: str) -> str:
 
 def text_of(token: Row) -> str:
     """A token's text; the place behind an answer is named in brackets, for it has no token."""
-    return visible(str(token.get("text", ""))) if "id" in token else "(behind the end)"
+    return visible(str(token.get("text", ""))) if "id" in token else BEHIND
+
+
+def spelled(token: Row) -> str:
+    """A token's text for a table: spaces at its edges have a sign, since they are part of it."""
+    text = text_of(token)
+    bare = text.strip(" ")
+    front = len(text) - len(text.lstrip(" "))
+    return "␣" * front + bare + "␣" * (len(text) - front - len(bare))
+
+
+def how_long(answer: Answer) -> str:
+    """The answer's length in words."""
+    ended = "ended by itself" if answer.finished else "cut by length"
+    return f"{answer.length} token{'' if answer.length == 1 else 's'}, {ended}"
 
 
 def as_json(answer: Answer) -> Mapping[str, Any]:
