@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from palate.one_stage import OneStage, value_of, words_to_assignments
-from palate.settings import PalateError
+from palate.one_stage import OneStage, words_to_assignments
+from palate.settings import PalateError, value_of
 
 PPO = OneStage("online", "ppo", "ppo")
 

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from pydantic import Field
 
-from palate.settings import PalateError, Settings, build, find, kinds, nearest, override, parse, read_yaml
+from palate.settings import PalateError, Settings, build, find, kinds, nearest, override, parse, read_yaml, value_of
 
 
 class Inner(Settings):
@@ -95,3 +95,53 @@ def test_yaml_faults_name_file_and_line(tmp_path) -> None:
         read_yaml(path)
     with pytest.raises(PalateError, match="no such file"):
         read_yaml(tmp_path / "absent.yaml")
+
+
+def bomb(levels: int = 9) -> str:
+    """Nine lists of nine, each item the list before: 9^9 values from a kilobyte."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, levels)]
+    return "\n".join(lines)
+
+
+MERGE_BOMB = "a0: &a0 {k: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 40))
+CHAIN = "a0: &a0 [1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 200))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (bomb(), r"run\.yaml:6: its aliases grow to more than 100,000 values"),
+        (MERGE_BOMB, r"run\.yaml:\d+: its aliases grow to more than 100,000 values"),
+        (CHAIN, r"run\.yaml:\d+: it nests deeper than 64 levels"),
+        ("a: &a [*a]", r"run\.yaml:1: an alias stands inside its own anchor"),
+        ("a: 1\nb: &b\n  c: {d: *b}", r"run\.yaml:2: an alias stands inside its own anchor"),
+        ("a: " + "[" * 100 + "]" * 100, r"run\.yaml:1: it nests deeper than 64 levels"),
+        ("a: " + "[" * 50_000, r"run\.yaml:1: not valid YAML: it nests too deeply"),
+        ("seed: 1\nname: x\nseed: 2", r"run\.yaml:3: the key 'seed' is there twice"),
+        ("a: 1\nb: 2020-99-99", r"run\.yaml:1: not valid YAML: a value cannot be held: month"),
+        ("a: 1\nb: \x07", r"run\.yaml:2: not valid YAML: special characters are not allowed"),
+        ("a: !!python/object/apply:os.system ['true']", r"run\.yaml:1: not valid YAML: could not determine a constr"),
+    ],
+)
+def test_yaml_that_would_do_harm_is_refused_in_one_line(tmp_path, text: str, expected: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(PalateError, match=expected) as caught:
+        read_yaml(path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["[" * 50_000, "[" * 100 + "]" * 100, "&a [*a]", "{x: 1, x: 2}", "2020-99-99"])
+def test_a_value_of_the_command_line_is_read_by_the_same_rules(value: str) -> None:
+    with pytest.raises(PalateError) as caught:
+        override({}, [f"seed={value}"])
+    assert "\n" not in str(caught.value)
+    with pytest.raises(PalateError, match="'seed="):
+        value_of(f"seed={value}")
+
+
+def test_anchors_and_merges_may_be_used(tmp_path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("base: &base {a: 1, b: 2}\none: {<<: *base, b: 3}\nmany: [*base, *base]\n")
+    assert read_yaml(path) == {"base": {"a": 1, "b": 2}, "one": {"a": 1, "b": 3}, "many": [{"a": 1, "b": 2}] * 2}

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel
 
 from palate import settings
@@ -109,12 +108,3 @@ def words_to_assignments(words: list[str]) -> list[str]:
 
 def _is_setting(word: str) -> bool:
     return word.startswith("--") or ("=" in word and word.partition("=")[0].replace(".", "_").isidentifier())
-
-
-def value_of(assignment: str) -> tuple[str, Any]:
-    """(key, value) of one assignment, the value read as YAML."""
-    name, _, text = assignment.partition("=")
-    try:
-        return name, yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise PalateError(f"{assignment!r}: the value is not valid YAML. Quote it.") from None

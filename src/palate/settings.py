@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -17,6 +17,29 @@ S = TypeVar("S", bound=BaseModel)
 
 class PalateError(Exception):
     """A fault the user can mend: the message names the place, the fault and the next move. Exit code 2."""
+
+    exit_code = 2
+
+
+class NotFinite(PalateError):
+    """A loss, gradient, reward or log-probability is nan or infinite. A run survives a few; exit code 3 when not."""
+
+    exit_code = 3
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was asked to stop, and did so at a place it goes on from. Exit code 75.
+
+    Not an Exception, so that no handler for faults takes it for one.
+    """
+
+    exit_code = 75
+
+
+class Resumable(PalateError):
+    """The run ended early through nobody's fault and goes on when the same command is given again. Exit code 75."""
+
+    exit_code = 75
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -125,16 +148,94 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise PalateError(f"{path}: no such file. `palate list recipes` shows the recipes that ship.") from None
     except (OSError, UnicodeDecodeError) as fault:
         raise PalateError(f"{path}: cannot be read as UTF-8 text: {fault}") from None
-    try:
-        loaded = yaml.safe_load(text)
-    except yaml.YAMLError as fault:
-        mark = getattr(fault, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(fault, "problem", None) or str(fault)
-        raise PalateError(f"{path}{line}: not valid YAML: {problem}.") from None
+    loaded = load_yaml(text, lambda line: f"{path}:{line}")
     if not isinstance(loaded, dict):
         raise PalateError(f"{path}: expected a mapping of settings, found {type(loaded).__name__}.")
     return cast(dict[str, Any], loaded)
+
+
+def load_yaml(text: str, place: Callable[[int], str]) -> Any:
+    """The value of a YAML text, plain values only. `place` spells a line's number for the error.
+
+    Raises PalateError for what is not YAML, for a key that is there twice, and for a text that would grow absurdly:
+    anchors may be used again and again, but not inside themselves and not until they fill the memory.
+    """
+    try:
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _measure(node)
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except yaml.reader.ReaderError as fault:
+        line = text.count("\n", 0, fault.position) + 1
+        raise PalateError(f"{place(line)}: not valid YAML: {fault.reason}. Mend or quote it.") from None
+    except _Refused as fault:
+        raise PalateError(f"{place(fault.line)}: {fault.problem}. Mend it.") from None
+    except yaml.MarkedYAMLError as fault:
+        line = fault.problem_mark.line + 1 if fault.problem_mark else 1
+        raise PalateError(f"{place(line)}: not valid YAML: {fault.problem}. Mend or quote it.") from None
+    except RecursionError:
+        raise PalateError(f"{place(1)}: not valid YAML: it nests too deeply. Mend it.") from None
+    except (ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as fault:  # a date of 99 months, say
+        raise PalateError(f"{place(1)}: not valid YAML: a value cannot be held: {fault}. Quote it.") from None
+
+
+_MOST_VALUES, _DEEPEST = 100_000, 64
+_MERGE = "tag:yaml.org,2002:merge"
+
+
+def _measure(top: yaml.Node) -> None:
+    """Refuse a tree of nodes that repeats a key, contains itself, or is absurdly deep or large once its aliases are
+    written out.
+    """
+    known: dict[int, tuple[int, int]] = {}
+    open_now: set[int] = set()
+
+    def measure(node: yaml.Node) -> tuple[int, int]:
+        """(values, levels) of a node; an anchor's are those of its first visit."""
+        if id(node) in known:
+            return known[id(node)]
+        if id(node) in open_now:
+            raise _Refused(node, "an alias stands inside its own anchor")
+        open_now.add(id(node))
+        below = [measure(part) for part in _parts(node)] if len(open_now) <= _DEEPEST else [(0, _DEEPEST)]
+        open_now.discard(id(node))
+        size, depth = 1 + sum(s for s, _ in below), 1 + max((d for _, d in below), default=0)
+        if depth > _DEEPEST:
+            raise _Refused(node, f"it nests deeper than {_DEEPEST} levels")
+        if size > _MOST_VALUES:
+            raise _Refused(node, f"its aliases grow to more than {_MOST_VALUES:,} values")
+        known[id(node)] = size, depth
+        return known[id(node)]
+
+    measure(top)
+
+
+def _parts(node: yaml.Node) -> list[yaml.Node]:
+    """The nodes directly below one."""
+    if isinstance(node, yaml.SequenceNode):
+        return node.value
+    if not isinstance(node, yaml.MappingNode):
+        return []
+    seen: set[tuple[str, str]] = set()
+    for key, _ in node.value:
+        name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE else None
+        if name in seen:
+            raise _Refused(key, f"the key {key.value!r} is there twice")
+        seen |= {name} if name else set()
+    return [part for pair in node.value for part in pair]
+
+
+class _Refused(Exception):
+    """YAML that could be read, and must not be."""
+
+    def __init__(self, node: yaml.Node, problem: str) -> None:
+        super().__init__(problem)
+        self.line, self.problem = node.start_mark.line + 1, problem
 
 
 def override(given: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
@@ -144,14 +245,17 @@ def override(given: dict[str, Any], assignments: Iterable[str]) -> dict[str, Any
     """
     result = copy.deepcopy(given)
     for assignment in assignments:
-        path, equals, value = assignment.partition("=")
+        path, equals, _ = assignment.partition("=")
         if not equals or not path:
             raise PalateError(f"{assignment!r}: write an override as key=value, for example seed=2.")
-        try:
-            _assign(result, path.split("."), yaml.safe_load(value))
-        except yaml.YAMLError:
-            raise PalateError(f"{assignment!r}: the value is not valid YAML. Quote it.") from None
+        _assign(result, path.split("."), value_of(assignment)[1])
     return result
+
+
+def value_of(assignment: str) -> tuple[str, Any]:
+    """(key, value) of one assignment `key=value`, the value read as YAML."""
+    name, _, text = assignment.partition("=")
+    return name, load_yaml(text, lambda _: repr(assignment))
 
 
 def _assign(target: Any, path: list[str], value: Any) -> None:
