@@ -37,28 +37,28 @@ class Panel:
     target: float | None = None
 
 
-def sheet(panels: Sequence[Panel]) -> str:
+def sheet(panels: Sequence[Panel], x_label: str = "episodes") -> str:
     """All panels on a white sheet, two in a row."""
     rows = -(-len(panels) // COLUMNS)
     width, height = COLUMNS * (WIDTH + GAP) + GAP, rows * (HEADING + HEIGHT + GAP) + GAP
-    body = "".join(_place(panel, index) for index, panel in enumerate(panels))
+    body = "".join(_place(panel, index, x_label) for index, panel in enumerate(panels))
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
     return f'{head}<style>{STYLE}</style><rect class="sheet" width="{width}" height="{height}"/>{body}</svg>\n'
 
 
-def _place(panel: Panel, index: int) -> str:
+def _place(panel: Panel, index: int, x_label: str) -> str:
     left = GAP + index % COLUMNS * (WIDTH + GAP)
     top = GAP + index // COLUMNS * (HEADING + HEIGHT + GAP)
     heading = f'<text class="heading" x="{left + 4}" y="{top + 16}">{escape(panel.title)}</text>'
     spot = f'<svg x="{left}" y="{top + HEADING}" width="{WIDTH}" height="{HEIGHT}" '
-    return heading + _chart(panel).replace("<svg ", spot, 1)
+    return heading + _chart(panel, x_label).replace("<svg ", spot, 1)
 
 
-def _chart(panel: Panel) -> str:
+def _chart(panel: Panel, x_label: str) -> str:
     lines = [svg.Line(f"seed {i + 1}", p, f"seed {panel.style}") for i, p in enumerate(panel.seeds)]
     lines.append(svg.Line("mean", panel.mean, panel.style))
     if panel.target is not None:
         ends = [(panel.mean[0][0], panel.target), (panel.mean[-1][0], panel.target)]
         lines.append(svg.Line("target", ends, "target"))
     # A picture in a page answers no pointer, and the marks for it are most of the file.
-    return _HOVER.sub("", svg.line_chart(lines, panel.title, x_label="episodes"))
+    return _HOVER.sub("", svg.line_chart(lines, panel.title, x_label=x_label))
