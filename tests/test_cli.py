@@ -95,6 +95,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["evaluate"],
         ["generate"],
         ["report"],
+        ["show"],
         ["data", "check"],
         ["list"],
         ["init"],

@@ -109,6 +109,30 @@ def write_rlhf(folder, draw, hacked):
         ],
     )
 
+    lines(folder / "tokens.jsonl", [token_row(step, row) for step in (1, 60, STEPS) for row in range(2)])
+
+
+def token_row(step, row):
+    """An answer of two tokens, one of them hostile, to a prompt of two, and the place behind it."""
+    said = {"action_mask": True, "value_mask": True}
+    strength = step / STEPS * (1 if row else -1)
+    tokens = [
+        {"t": 0, "id": 5, "text": "A"},
+        {"t": 1, "id": 6, "text": " dish"},
+        {"t": 2, "id": 7, "text": HOSTILE, **said, **token_numbers(0.25, strength), "reward": -0.0125},
+        {"t": 3, "id": 2, "text": "<eos>", **said, **token_numbers(-0.75, -2 * strength), "reward": 0.0375},
+        {"t": 4, "text": "", "value_mask": True, "value": 0.5, "return": 1.5, "kl_penalty": 0.0, "token_reward": 0.0,
+         "score": 1.5, "reward": 1.5, "scored": True},
+    ]  # fmt: skip
+    about = {"prompt": "A dish", "score": 1.5, "parts": {"taste": 3.0}, "finished": True, "memory": {"kl_coef": 0.05}}
+    return {"step": step, "row": row, **about, "tokens": tokens}
+
+
+def token_numbers(kl, advantage):
+    logp = {"sampled_logp": -1.5, "old_logp": -1.5, "reference_logp": -1.5 - kl, "kl": kl}
+    parts = {"kl_penalty": -0.05 * kl, "token_reward": 0.0, "score": 0.0}
+    return {**logp, "value": 0.5, "return": 1.0, "advantage": advantage, **parts}
+
 
 def rlhf_row(step, draw, hacked):
     done = 1 - math.exp(-step / 35)

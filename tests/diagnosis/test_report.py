@@ -103,7 +103,7 @@ def test_any_part_of_a_run_can_be_reported(write_run, stages):
 
 @pytest.mark.parametrize(
     "name",
-    ["run.yaml", "resolved.yaml", "provenance.json", "3-rlhf/metrics.jsonl", "3-rlhf/stage.yaml",
+    ["run.yaml", "resolved.yaml", "provenance.json", "3-rlhf/metrics.jsonl", "3-rlhf/stage.yaml", "3-rlhf/tokens.jsonl",
      "4-evaluate/evaluation.json", "4-evaluate/samples.jsonl"],
 )  # fmt: skip
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"models": {"a": 3}}', '{"step": "x", "loss": "y"}\n'])

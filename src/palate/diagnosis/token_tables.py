@@ -84,26 +84,31 @@ def _answer(answer: Answer, room: int, with_prompt: bool) -> RenderableType:
     title = f"row {answer.row}  score {figure(answer.score)}  " + "  ".join(parts)
     prompt = Text(f"prompt: {visible(answer.prompt)}", style="dim", overflow="ellipsis", no_wrap=True)
     head = Group(Text(title.rstrip(), style="bold"), Text(counts), prompt)
-    return Group(head, _table(answer, fitting(columns([answer]), room), with_prompt), Text())
+    return Group(head, _table(answer, fitting(columns([answer]), room), room, with_prompt), Text())
 
 
 def fitting(every: Sequence[Column], room: int) -> list[Column]:
     """The columns there is room for, the least telling left out first."""
     kept = list(every)
     for name in _GIVEN_UP:
-        if _FIXED + (_NUMBER + _BETWEEN) * len(kept) <= room:
+        if _width(kept) <= room:
             break
         kept = [column for column in kept if column.name != name]
     return kept
 
 
-def _table(answer: Answer, shown: Sequence[Column], with_prompt: bool) -> Table:
+def _width(shown: Sequence[Column]) -> int:
+    return _FIXED + (_NUMBER + _BETWEEN) * len(shown)
+
+
+def _table(answer: Answer, shown: Sequence[Column], room: int, with_prompt: bool) -> Table:
     table = Table(box=None, padding=(0, _BETWEEN, 0, 0), pad_edge=False)
-    table.add_column("t", justify="right", min_width=4, no_wrap=True)
-    table.add_column("token", no_wrap=True, overflow="ellipsis", min_width=_TOKEN, max_width=28)
+    longest = _TOKEN + min(max(room - _width(shown), 0), _TOKEN)  # a long token never pushes a number out
+    table.add_column("t", justify="right", width=4, no_wrap=True)
+    table.add_column("token", no_wrap=True, overflow="ellipsis", min_width=_TOKEN, max_width=longest)
     for column in shown:
-        table.add_column(column.title, justify="right", no_wrap=True, min_width=_NUMBER)
-    table.add_column("mask", no_wrap=True, min_width=4)
+        table.add_column(column.title, justify="right", width=_NUMBER, no_wrap=True, overflow="ellipsis")
+    table.add_column("mask", width=4, no_wrap=True)
     largest = {c.name: max((abs(x) for x in answer.values(c.name)), default=0.0) for c in shown}
     for token in answer.asked if with_prompt else ():
         table.add_row(*_place(token, "dim"))
@@ -144,14 +149,14 @@ def figure(x: float | None) -> str:
     if x is None:
         return "nan"
     size = abs(x)
-    if 0 < size < 5e-4:
+    if 0 < size < 5e-4 or size >= 1e6:
         return f"{x:.0e}"
     shapes: tuple[tuple[float, Callable[[float], str]], ...] = (
         (10, "{:.3f}".format),
         (100, "{:.2f}".format),
         (1000, "{:.1f}".format),
     )
-    shape = next((shape for limit, shape in shapes if size < limit), "{:.3g}".format)
+    shape = next((shape for limit, shape in shapes if size < limit), "{:.0f}".format)
     return shape(x) if size else "0"
 
 

@@ -140,7 +140,7 @@ def counted(answers: Sequence[Answer]) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in found.items() if values}
 
 
-BEHIND = "(behind the end)"
+BEHIND = "(state after)"
 
 
 def visible(text: str) -> str:
