@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pickle
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from palate.models.heads import fresh_head
 from palate.models.load import Loading, load
 from palate.models.make import Make, make
 from palate.models.save import Card, save
-from palate.settings import PalateError
+from palate.settings import PalateError, parse
 
 TEXTS = ["the soup is hot and the wine is red"] * 5
 CARD = Card("Soup", "nothing")
@@ -67,6 +70,74 @@ def test_pickle_weights_are_refused_unless_trusted(policy, made):
     torch.testing.assert_close(trusted.trunk.state_dict(), made.trunk.state_dict())
 
 
+class _Poison:
+    """Pickled, this is a command: whoever unpickles it runs it."""
+
+    def __init__(self, ran):
+        self.ran = ran
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.ran}",))
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["torch", "pickle"])
+def test_a_malicious_pickle_is_not_run_even_when_pickle_is_allowed(policy, tmp_path, plain):
+    (policy / "model.safetensors").unlink()
+    weights, ran = policy / "pytorch_model.bin", tmp_path / "ran"
+    poison = {"model.embed_tokens.weight": _Poison(ran)}
+    weights.write_bytes(pickle.dumps(poison)) if plain else torch.save(poison, weights)
+    with pytest.raises(PalateError, match=r"pickle files .*any code.*set allow_pickle: true"):
+        load(policy)
+    with pytest.raises(PalateError, match="the model cannot be loaded"):
+        load(policy, how=Loading(allow_pickle=True))
+    assert not ran.exists()
+    pickle.loads(weights.read_bytes()) if plain else torch.load(weights, weights_only=False)
+    assert ran.exists(), "the poison works"
+
+
+def test_pickles_beside_safetensors_are_not_looked_at(policy, tmp_path):
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "tokenizer.pkl"):
+        (policy / name).write_bytes(pickle.dumps(_Poison(tmp_path / "ran")))
+    load(policy)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:3", "cuda:99", "gpu", "meta", "", "cuda:-1"])
+def test_a_device_that_is_not_there_is_refused_with_the_settings(device):
+    if device in ("cuda", "cuda:3") and torch.cuda.device_count() > 3:
+        pytest.skip("this machine has it")
+    with pytest.raises(PalateError, match=r"^stages\.0\.loading\.device: ") as caught:
+        parse(Loading, {"device": device}, "stages.0.loading")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cpu:0", "auto"])
+def test_a_device_that_is_there_is_taken(device):
+    assert parse(Loading, {"device": device}, "stages.0.loading").place.type in ("cpu", "cuda")
+
+
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        ("config.json", "{"),
+        ("config.json", "[]"),
+        ("config.json", '{"model_type": "llama", "hidden_size": "wide"}'),
+        ("config.json", '{"model_type": "llama", "hidden_size": -3}'),
+        ("config.json", "[" * 100_000),
+        ("config.json", '{"model_type": 7}'),
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", "\x00\x01"),
+        ("tokenizer_config.json", "[1]"),
+        ("tokenizer_config.json", '{"tokenizer_class": 3}'),
+    ],
+)
+def test_a_damaged_file_of_a_model_folder_is_one_line(policy, name, body):
+    (policy / name).write_text(body)
+    with pytest.raises(PalateError, match=str(policy)) as caught:
+        load(policy)
+    assert "\n" not in str(caught.value)
+
+
 def test_broken_weights(policy):
     (policy / "model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(PalateError, match="the model cannot be loaded"):
@@ -87,6 +158,15 @@ def test_remote_code_is_never_run(policy):
     (policy / "config.json").write_text(json.dumps(config))
     (policy / "evil.py").write_text("raise SystemExit('ran')")
     with pytest.raises(PalateError, match="the model cannot be loaded"):
+        load(policy)
+
+
+def test_a_tokenizers_remote_code_is_never_run(policy):
+    settings = json.loads((policy / "tokenizer_config.json").read_text())
+    settings |= {"auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}, "tokenizer_class": "Evil"}
+    (policy / "tokenizer_config.json").write_text(json.dumps(settings))
+    (policy / "evil.py").write_text("raise SystemExit('ran')")
+    with contextlib.suppress(PalateError):  # refused, or read by transformers' own class; never run
         load(policy)
 
 

@@ -68,11 +68,46 @@ def test_a_template_of_its_own_is_kept_and_its_refusal_explained(tmp_path):
         again.render([Message("system", "x")], False)
 
 
-def test_a_template_cannot_reach_out_of_its_sandbox():
+HOSTILE = {
+    "{{ ''.__class__.__mro__[1].__subclasses__() }}": "",
+    "{{ cycler.__init__.__globals__ }}": "unsafe",
+    "{{ messages.append(1) }}": "unsafe",
+    "{{ messages[0].__init__.__globals__['__builtins__'] }}": "",
+    "{% include '/etc/passwd' %}": "no loader",
+    "{% for i in range(10**9) %}x{% endfor %}": "fill the memory",
+    "{% for i in range(1000000) %}x{% endfor %}": "Range too big",
+    "{% for a in range(9999) %}{%- for m in messages -%}{% for b in range(9999) %}": "inside another, may never end",
+    "{{ 'a' * 9999999999 }}": "fill the memory",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}": "recursion",
+    "{{ 1 / 0 }}": "division by zero",
+    "{% for": "end of template",
+    "{{ raise_exception('no') }}": "no",
+}
+
+
+@pytest.mark.parametrize("template", HOSTILE)
+def test_a_hostile_template_is_refused_in_one_line(tmp_path, template):
+    """As it comes with a model folder."""
     other = train_bpe(TEXTS, 300)
-    other.inner.chat_template = "{{ ''.__class__.__mro__[1].__subclasses__() }}"
-    with pytest.raises(PalateError, match="refuses the roles"):
-        other.render([Message("user", "x")], False)
+    other.inner.chat_template = template
+    other.save(tmp_path)
+    again = Tokenizer(AutoTokenizer.from_pretrained(tmp_path))
+    with pytest.raises(PalateError, match=rf"chat template of .*refuses the roles \(user\): .*{HOSTILE[template]}"):
+        again.render([Message("user", "x")], False)
+
+
+def test_loops_that_end_are_rendered():
+    other = train_bpe(TEXTS, 300)
+    other.inner.chat_template = (
+        "{% for i in range(3) %}{{ i }}{% endfor %}"
+        "{% for i in range(2) %}{% for m in messages %}{{ range(2) | list }}{{ m['content'] }}{% endfor %}{% endfor %}"
+    )
+    assert other.render([Message("user", "**")], False) == "012[0, 1]**[0, 1]**"
+
+
+def test_template_syntax_in_what_is_said_is_text():
+    said = "{{ 7 * 7 }} {% for i in range(9) %}x{% endfor %} {# gone? #} ${x} {0.__class__}"
+    assert TOKENIZER.render([Message("user", said)], False) == f"User: {said}"
 
 
 def test_without_an_end_token_a_policy_is_told_what_to_do():

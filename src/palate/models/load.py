@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError
+from pydantic import field_validator
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -58,11 +58,37 @@ class Loading(Settings):
     allow_pickle: bool = False
     """Read weights from pickle files (.bin), which can run any code of whoever wrote them."""
 
+    @field_validator("device")
+    @classmethod
+    def _is_there(cls, device: str) -> str:
+        """A run that would find no GPU after an hour of other stages is refused before it starts."""
+        if device != "auto":
+            _require_device(device)
+        return device
+
     @property
     def place(self) -> torch.device:
         """The device meant by `device`."""
         automatic = "cuda" if torch.cuda.is_available() else "cpu"
         return torch.device(automatic if self.device == "auto" else self.device)
+
+
+def _require_device(name: str) -> None:
+    """ValueError for a device that this machine does not have, or that is none."""
+    known = "Write auto, cpu, cuda or cuda:N."
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"no device is called {name!r}. {known}") from None
+    count = torch.cuda.device_count() if device.type == "cuda" and torch.cuda.is_available() else 0
+    if device.type == "cuda" and not count:
+        raise ValueError(f"{name} was asked for, but torch finds no GPU here. Write auto or cpu, or mend the driver.")
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(f"there is no {name}: this machine has {count} GPU{'s' * (count > 1)}, the first is cuda:0.")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError(f"{name} was asked for, but torch cannot use it here. Write auto or cpu.")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"palate does not train on {name!r}. {known}")
 
 
 @dataclass(frozen=True)
@@ -152,8 +178,11 @@ def _explained(path: str, how: Loading) -> Generator[None]:
     """transformers' own faults as one message. They come as many types, all of them about `path`."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError) as fault:
-        first = str(fault).strip().splitlines()[0] if str(fault).strip() else type(fault).__name__
+    except PalateError:
+        raise
+    except Exception as fault:  # a damaged or hostile folder makes transformers and torch raise anything
+        said = str(fault).strip().splitlines()
+        first = said[0][:200].rstrip(".") if said else type(fault).__name__
         if Path(path).expanduser().exists():
             raise PalateError(f"{path}: the model cannot be loaded: {first}. Check the folder's files.") from None
         weights = "" if how.allow_pickle else " Only safetensors weights are read unless allow_pickle is true."

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Inner
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -67,16 +68,19 @@ class Tokenizer:
     def render(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
         """The conversation as one string by the chat template, run in transformers' sandbox.
 
-        Raises PalateError when the template refuses the conversation.
+        Raises PalateError when the template refuses the conversation, reaches out of its sandbox or would not
+        end. Template syntax inside a message is text like any other.
         """
         turns = [{"role": m.role, "content": m.content} for m in messages]
         try:
+            _require_modest(self.inner.get_chat_template())
             return self.inner.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
-        except (TemplateError, TypeError, ValueError) as fault:
+        except Exception as fault:  # a template is a program of whoever made the model, and may raise anything
             roles = ", ".join(m.role for m in messages)
+            why = str(fault).rstrip(".") or type(fault).__name__
             raise PalateError(
                 f"chat template of {self.inner.name_or_path or 'this tokenizer'}: it refuses the roles "
-                f"({roles}): {fault}. Change their order, or give the tokenizer another chat template."
+                f"({roles}): {why}. Change their order, or give the tokenizer another chat template."
             ) from None
 
     def same_words(self, other: Tokenizer) -> bool:
@@ -86,6 +90,36 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         """Write the tokenizer and its chat template in transformers' layout."""
         self.inner.save_pretrained(str(folder))
+
+
+_LARGEST = 1_000_000
+
+
+@lru_cache
+def _require_modest(template: str) -> None:
+    """Refuse powers, huge numbers, and ranges counted inside ranges.
+
+    transformers' sandbox keeps a template from reaching out, and from ranges over 100,000; what these three would do
+    to time and memory it leaves alone.
+    """
+    ranged: list[bool] = []  # of each loop that is open, whether it counts through a range
+    tag: str | None = None
+    for line, kind, said in Environment().lex(template):
+        large = kind == "integer" and int(said.replace("_", ""), 0) > _LARGEST
+        if large or (kind == "operator" and said == "**"):
+            raise TemplateError(f"{said[:20]} in its line {line} may fill the memory")
+        if kind in ("block_begin", "block_end"):
+            tag = None
+        elif kind == "name" and tag is None:
+            tag = said
+            if tag == "for":
+                ranged.append(False)
+            elif tag == "endfor" and ranged:
+                ranged.pop()
+        elif kind == "name" and said == "range" and tag == "for":
+            if any(ranged):
+                raise TemplateError(f"the range in its line {line}, inside another, may never end")
+            ranged[-1] = True
 
 
 def _one(token: Any) -> int | None:
