@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +50,7 @@ def test_within_one_process_a_step_may_speak_twice(tmp_path: Path) -> None:
 
 def test_a_torn_line_and_a_stranger_are_left_out(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n[1, 2]\n\xff\xfe\n{"step": 2}\n{"step": 3, "lo')
+    path.write_bytes(b'{"step": 1}\n[1, 2]\n{"step": "x"}\n\xff\xfe\n{"step": 2}\n{"step": 3, "lo')
     log = JsonLines(path)
     log.append(3, [{"loss": 1.0}])
     assert _steps(path) == [1, 2, 3]
@@ -63,6 +66,50 @@ def test_warnings_of_earlier_processes_stay(tmp_path: Path) -> None:
     JsonLines(tmp_path / "w", keep=True).append(5, [{"warning": "old"}])
     JsonLines(tmp_path / "w", keep=True).append(0, [{"warning": "new"}])
     assert _steps(tmp_path / "w") == [5, 0]
+
+
+def test_a_torn_warning_does_not_spoil_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "w"
+    path.write_bytes(b'{"step": 5, "warning": "old"}\n{"step": 6, "warn')
+    JsonLines(path, keep=True).append(0, [{"warning": "new"}])
+    assert _steps(path) == [5, 0]
+
+
+def test_a_full_disk_is_one_line_that_names_the_file(tmp_path: Path) -> None:
+    """/dev/full refuses every byte as a full disk does, with the same error number."""
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to("/dev/full")
+    log = JsonLines(path)
+    log._opened = True  # it was written to before the disk filled up
+    with pytest.raises(PalateError, match=r"metrics\.jsonl: cannot be written: the disk is full\. Make room and run"):
+        log.append(1, [{"loss": 1.0}])
+
+
+GROWS_TOO_LARGE = """
+    import resource, sys
+    from pathlib import Path
+    from palate.settings import PalateError
+    from palate.tracking import JsonLines
+    log = JsonLines(Path(sys.argv[1]))
+    log.append(1, [{"text": "a" * 500}])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    for step in (2, 3):
+        try:
+            log.append(step, [{"text": "b" * 800}])
+        except PalateError as fault:
+            print(fault)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+"""
+
+
+def test_half_a_line_is_taken_back(tmp_path: Path) -> None:
+    """The operating system takes the first part of a line and refuses the rest."""
+    path = tmp_path / "samples.jsonl"
+    program = textwrap.dedent(GROWS_TOO_LARGE)
+    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=False)
+    assert done.stdout.count("samples.jsonl: cannot be written: File too large") == 2, done.stderr
+    assert _steps(path) == [1]
+    assert path.read_bytes().endswith(b"\n")
 
 
 def test_tensorboard_gets_every_number(tmp_path: Path) -> None:

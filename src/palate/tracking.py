@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import math
 import os
@@ -21,31 +23,49 @@ class JsonLines:
 
     The first append after opening cuts away what an earlier process had written at or after that step, as
     does `cut`. A line torn by a kill is dropped the same way. Numbers that are not finite are written as
-    null.
+    null. A file that cannot be written (a full disk) raises PalateError and is left with the lines it had.
     """
 
     def __init__(self, path: Path, keep: bool = False) -> None:
         """`keep`: the first append cuts nothing away; what earlier processes said stays true."""
         self.path = path
-        self._opened = keep
+        self._keep = keep
+        self._opened = False
 
     def append(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Add rows of one step."""
         if not self._opened:
-            self.cut(step - 1)
+            self.cut(math.inf if self._keep else step - 1)
         lines = [json.dumps({"step": step, **_finite(dict(row))}, ensure_ascii=False) + "\n" for row in rows]
-        with self.path.open("a", **_TEXT) as file:
-            file.write("".join(lines))
+        before = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with self.path.open("a", **_TEXT) as file:
+                file.write("".join(lines))
+        except OSError as fault:
+            with contextlib.suppress(OSError):  # half a line would spoil the next one
+                os.truncate(self.path, before)
+            raise self._unwritten(fault) from fault
 
-    def cut(self, step: int) -> None:
+    def cut(self, step: float) -> None:
         """Keep only what was said up to and including `step`."""
         self._opened = True
         if not self.path.exists():
             return
         kept = [json.dumps(row, ensure_ascii=False) + "\n" for row in self.read() if row["step"] <= step]
         shorter = self.path.with_name(f".{self.path.name}.shorter")
-        shorter.write_text("".join(kept), **_TEXT)
-        os.replace(shorter, self.path)
+        try:
+            shorter.write_text("".join(kept), **_TEXT)
+            os.replace(shorter, self.path)
+        except OSError as fault:
+            with contextlib.suppress(OSError):
+                shorter.unlink()
+            raise self._unwritten(fault) from fault
+
+    def _unwritten(self, fault: OSError) -> PalateError:
+        full = fault.errno in (errno.ENOSPC, errno.EDQUOT)
+        what = "the disk is full" if full else fault.strerror or str(fault)
+        move = "Make room" if full else "Mend that"
+        return PalateError(f"{self.path}: cannot be written: {what}. {move} and run the same command again.")
 
     def read(self) -> list[dict[str, Any]]:
         """Every whole line of the file, in order."""
@@ -54,9 +74,9 @@ class JsonLines:
             for line in self.path.read_bytes().splitlines():
                 try:
                     row = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     continue  # the process was killed in the middle of this line
-                if isinstance(row, dict) and "step" in row:
+                if isinstance(row, dict) and isinstance(cast(dict[str, Any], row).get("step"), int | float):
                     rows.append(cast(dict[str, Any], row))
         return rows
 
