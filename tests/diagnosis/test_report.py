@@ -133,7 +133,8 @@ def browser():
     if not CHROMIUM.exists():
         pytest.skip("no browser at /usr/bin/chromium: the page is not opened in one")
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
-    arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+    quiet = ("background-networking", "component-update", "sync", "quic", "gpu")
+    arguments = ["--headless", "--no-sandbox", "--no-first-run", *(f"--disable-{name}" for name in quiet)]
     with playwright.sync_playwright() as driver:
         opened = driver.chromium.launch(executable_path=str(CHROMIUM), args=arguments)
         yield opened
