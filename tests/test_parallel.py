@@ -1,12 +1,12 @@
-"""A world of one is the same object as any other."""
+"""A world of one is the same object as any other; what several ranks do together is in tests/ranks/."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from palate.parallel import World, world
-from palate.settings import PalateError
+from palate.parallel import World, joined, local, part_like, whole, whole_like
+from palate.settings import NotFinite, PalateError
 
 
 def test_a_world_of_one_adds_to_itself() -> None:
@@ -15,6 +15,9 @@ def test_a_world_of_one_adds_to_itself() -> None:
     assert here.sum(2.5) == 2.5
     assert torch.equal(here.sum(torch.arange(3)), torch.arange(3))
     assert here.sum({"tokens": 3.0}) == {"tokens": 3.0}
+    assert here.first(lambda: 7) == 7
+    assert here.any(True)
+    assert not here.any(False)
     here.barrier()
 
 
@@ -26,7 +29,42 @@ def test_only_rank_zero_is_main() -> None:
     assert not World(rank=1, size=2).is_main
 
 
-def test_several_processes_are_refused_not_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("parts", "size"), [(1, 2), (2, 2), (5, 2), (7, 3), (3, 1)])
+def test_parts_are_dealt_once_and_every_rank_gets_equally_many(parts: int, size: int) -> None:
+    dealt = [World(rank=rank, size=size).deal(list(range(parts))) for rank in range(size)]
+    assert len({len(mine) for mine in dealt}) == 1
+    assert sorted(part for mine in dealt for part, matters in mine if matters) == list(range(parts))
+    assert all(part == 0 for mine in dealt for part, matters in mine if not matters)
+
+
+def test_a_rank_takes_its_share_of_rows_but_no_more_than_fit() -> None:
+    assert World(size=2).rows_each(rows=8, most=64) == 4
+    assert World(size=2).rows_each(rows=100, most=8) == 8
+    assert World(size=4).rows_each(rows=2, most=8) == 1
+    assert World().rows_each(rows=8, most=64) == 8
+
+
+def test_alone_nothing_is_cut() -> None:
+    full = torch.arange(6.0).view(2, 3)
+    assert local(full) is full
+    assert whole(full) is full
+    assert part_like(full, full + 1).equal(full + 1)
+    assert whole_like(full, full + 2).equal(full + 2)
+
+
+def test_a_fault_on_this_rank_is_raised_at_the_end_of_the_block() -> None:
+    with pytest.raises(NotFinite, match="here"), World().together(NotFinite):
+        raise NotFinite("here")
+
+
+def test_several_processes_without_a_launcher_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(PalateError, match="Start it without torchrun"):
-        world()
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with (
+        pytest.raises(PalateError, match="WORLD_SIZE is 2 but MASTER_ADDR is not set. Start the run with torchrun"),
+        joined(),
+    ):
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(PalateError, match="WORLD_SIZE: expected a whole number"), joined():
+        pass

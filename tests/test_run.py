@@ -260,8 +260,8 @@ def test_a_run_that_could_not_begin_displaces_nothing(lab: Path) -> None:
 HOLDER = """
     import sys, time
     from pathlib import Path
-    from palate.run import _alone
-    with _alone(Path(sys.argv[1])):
+    from palate.run import held
+    with held(Path(sys.argv[1])):
         print("held", flush=True)
         sys.stdin.read()
 """

@@ -6,7 +6,7 @@ it; the one shift of the code base is `_before`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, overload
 
 import torch
@@ -15,36 +15,73 @@ from torch.nn import functional
 
 from palate.batches import Tokens
 from palate.models.heads import ScalarHead
+from palate.models.hydra import block_stack
 from palate.models.load import Loaded
 from palate.models.lora import bare_state, wear
 from palate.models.seats import Layout, Seat, take_seats, trained_parameters
 from palate.models.trunk import Trunk, position_ids
-from palate.settings import PalateError, nearest
+from palate.parallel import World, local, part_like
+from palate.settings import NotFinite, PalateError, nearest
 
 __all__ = ["Cast", "Layout", "Seat", "assemble"]
 
 
-def assemble(layout: Layout, start: Loaded, roles: Sequence[str], key: int, value_start: Loaded | None = None) -> Cast:
-    """The cast of a run from one loaded model: see `palate.models.seats.take_seats`."""
-    return Cast(take_seats(layout, start, roles, key, value_start))
+def assemble(
+    layout: Layout,
+    start: Loaded,
+    roles: Sequence[str],
+    key: int,
+    value_start: Loaded | None = None,
+    world: World | None = None,
+) -> Cast:
+    """The cast of a run from one loaded model (`palate.models.seats.take_seats`), its trunks spread over the world."""
+    cast = Cast(take_seats(layout, start, roles, key, value_start), world)
+    cast.spread()
+    return cast
 
 
 class Cast:
     """Maps each role to its seat and lets it speak. Callers say who, never which module, wrapper or adapter."""
 
-    def __init__(self, roles: Mapping[str, Seat]) -> None:
+    def __init__(self, roles: Mapping[str, Seat], world: World | None = None) -> None:
         self.roles = dict(roles)
+        self.world = world or World()
 
     @property
     def device(self) -> torch.device:
         """Where the first role's weights are; batches go there."""
         return next(iter(self.roles.values())).trunk.device
 
+    @property
+    def trunks(self) -> list[Trunk]:
+        """Every trunk once, in the order of the roles."""
+        return list({id(seat.trunk): seat.trunk for seat in self.roles.values()}.values())
+
+    def spread(self) -> None:
+        """Shard the trunks over the ranks, as the world's strategy says; once, before anything trains."""
+        for trunk in self.trunks:
+            trunk.computes_on = trunk.device
+            trains = any(p.requires_grad for p in trunk.parameters())
+            self.world.shard(trunk, lambda trunk=trunk: block_stack(trunk), trains)
+
     def seat(self, role: str) -> Seat:
         """The seat of a role. Raises PalateError when nobody plays it."""
         if role not in self.roles:
             raise PalateError(f"nobody plays {role!r}.{nearest(role, self.roles)} Cast: {', '.join(self.roles)}.")
         return self.roles[role]
+
+    def chunked(self, batch: Tokens, rows: int, speak: Callable[[Tokens], Tensor]) -> Tensor:
+        """What `speak` says of every row (B×…), asked for at most `rows` rows at a time and each rank for its share.
+
+        For passes without gradient over a whole batch. Raises NotFinite where something said is not a number.
+        """
+        parts = list(batch.split(self.world.rows_each(batch.size, rows)))
+        said = [speak(part) for part, _ in self.world.deal(parts)]
+        found = self.world.gather_rows(said, [part.size for part in parts])
+        broken = int((~found.isfinite()).sum())
+        if broken:
+            raise NotFinite(f"a forward pass gave {broken} of {found.numel()} numbers that are not finite.")
+        return found
 
     @overload
     def logp(self, role: str, batch: Tokens, temperature: float = 1.0, entropy: Literal[False] = False) -> Tensor: ...
@@ -123,7 +160,8 @@ class Cast:
     def state(self, roles: Sequence[str]) -> dict[str, Tensor]:
         """What a checkpoint keeps of these roles: everything that trains, and their heads with gain and bias.
 
-        Frozen weights are not in it: they come from where the model was loaded.
+        Frozen weights are not in it: they come from where the model was loaded. Sharded weights are given as they
+        are; `parallel.whole` brings them together.
         """
         kept: dict[str, Tensor] = {name: p.detach() for name, p in self.parameters(roles).items()}
         for role in roles:
@@ -141,7 +179,7 @@ class Cast:
         for name, tensor in tensors.items():
             if name not in known or known[name].shape != tensor.shape:
                 raise PalateError(f"checkpoint: {name} does not fit this model and layout. Start the stage afresh.")
-            known[name].copy_(tensor)
+            local(known[name]).copy_(part_like(known[name], tensor))
 
     def weights(self, role: str) -> dict[str, Tensor]:
         """The role's model under transformers' own names, its adapter merged: what an engine publishes."""

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
+from palate.cli_check import check
 from palate.cli_show import show
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -57,21 +58,24 @@ class _StageVerb(click.Command):
 
 
 def _told(verb: F) -> F:
-    """A fault the user can mend is one message and exit code 2; Ctrl-C says how to go on and is exit code 130."""
+    """A fault the user can mend is one message and exit code 2 (3 where numbers stayed infinite or nan).
+
+    A run that was asked to stop says how it goes on: exit code 75 behind its checkpoint, 130 where it had no time.
+    """
 
     @functools.wraps(verb)
     def wrapped(*args: Any, **more: Any) -> Any:
-        from palate.settings import PalateError
+        from palate.settings import PalateError, Stopped
 
         try:
             return verb(*args, **more)
         except PalateError as fault:
             click.echo(f"palate: {fault}", err=True)
-            sys.exit(2)
-        except KeyboardInterrupt:
+            sys.exit(fault.exit_code)
+        except KeyboardInterrupt as stop:
             click.echo("\npalate: stopped. The same command goes on where it left off:", err=True)
             click.echo(f"  {_command()}", err=True)
-            sys.exit(130)
+            sys.exit(stop.exit_code if isinstance(stop, Stopped) else 130)
 
     return wrapped  # pyright: ignore[reportReturnType]
 
@@ -113,36 +117,46 @@ def run_verb(recipe: str, words: Sequence[str]) -> None:
     path = Path(recipe)
     if not path.exists() and recipe in catalogue.recipes():
         path = catalogue.recipe(recipe)
-    _find_own_code(path.parent)
-    _execute(plan_file(path, one_stage.words_to_assignments(list(words))))
+    catalogue.find_own_code(path.parent)
+    _execute(lambda: plan_file(path, one_stage.words_to_assignments(list(words))))
 
 
-def _find_own_code(*folders: Path) -> None:
-    """Let `module:name` find the user's files: beside the recipe, then in the working directory, after all else."""
-    for folder in (*folders, Path.cwd()):
-        if str(folder.resolve()) not in sys.path:
-            sys.path.append(str(folder.resolve()))
+def _execute(plan: Callable[[], Any]) -> None:
+    """Plan and run. Of several ranks, which all find the same faults in the settings, the first speaks."""
+    from palate import ranks
+    from palate.settings import PalateError
 
-
-def _execute(planned: Any) -> None:
+    try:
+        planned = plan()
+    except PalateError as fault:
+        if ranks.rank():
+            sys.exit(fault.exit_code)
+        raise
     from palate.closing import close
     from palate.live import Display
     from palate.run import execute
 
-    display = Display()
-    close(execute(planned, display, ["palate", *sys.argv[1:]]), planned, display)
+    display = Display(quiet=ranks.rank() > 0)
+    outcome = execute(planned, display, ["palate", *sys.argv[1:]])
+    if not ranks.rank():
+        close(outcome, planned, display)
 
 
 def _one_stage(kind: str, name: str, algorithm: str | None, words: Sequence[str]) -> None:
-    """Run one stage from flat settings; `config` among them names a YAML file with more."""
+    _execute(lambda: _plan_one_stage(kind, name, algorithm, words))
+
+
+def _plan_one_stage(kind: str, name: str, algorithm: str | None, words: Sequence[str]) -> Any:
+    """One stage from flat settings; `config` among them names a YAML file with more."""
     from palate import settings
-    from palate.one_stage import STAGE, OneStage, value_of, words_to_assignments
+    from palate.catalogue import find_own_code
+    from palate.one_stage import STAGE, OneStage, words_to_assignments
     from palate.run import plan
 
-    _find_own_code()
+    find_own_code()
     shape = OneStage(kind, name, algorithm)
     assigned = words_to_assignments(list(words))
-    files = [str(value) for key, value in map(value_of, assigned) if key == "config"]
+    files = [str(value) for key, value in map(settings.value_of, assigned) if key == "config"]
     flat: dict[str, Any] = {}
     for file in files:
         flat |= settings.read_yaml(Path(file))
@@ -150,10 +164,12 @@ def _one_stage(kind: str, name: str, algorithm: str | None, words: Sequence[str]
         raise settings.PalateError(f"{files[-1]}: this file has stages of its own. Use `palate run {files[-1]}`.")
     placed = [shape.place(a) for a in assigned if not a.startswith("config=")]
     try:
-        planned = plan(shape.given(flat), placed, source="file" if files else "command line")
+        return plan(shape.given(flat), placed, source="file" if files else "command line")
     except settings.PalateError as fault:  # the user never wrote the place that the settings were put in
         raise settings.PalateError(str(fault).replace(f"{STAGE}.", "").replace(f"{STAGE}: ", "")) from None
-    _execute(planned)
+
+
+main.command("check", context_settings=_SETTINGS)(_told(check))
 
 
 @main.command("sft", cls=_StageVerb, stage="train", algorithm="sft", context_settings=_SETTINGS)
@@ -225,8 +241,8 @@ def generate_verb(words: Sequence[str]) -> None:
       palate generate model=runs/tasting_room prompt="Describe the soup." max_new_tokens=40 temperature=0.7
       palate generate --model gpt2 --prompt "Once upon a time" --greedy
     """
-    from palate.one_stage import value_of, words_to_assignments
-    from palate.settings import PalateError
+    from palate.one_stage import words_to_assignments
+    from palate.settings import PalateError, value_of
 
     pairs = [(key, text) for key, _, text in (a.partition("=") for a in words_to_assignments(list(words)))]
     texts = {key: text for key, text in pairs if key in ("model", "prompt")}

@@ -112,6 +112,20 @@ _ONLINE = (
         _TOKENS,
         (0.0, 1e-3),
     ),
+    Metric(
+        "sampling/sampling_logp_difference/mean",
+        "nats",
+        "|log p| by which sampler and trainer differ on the same tokens, on average; beyond rounding the run stops.",
+        "tokens of up to 8 answers of a rollout; mean",
+        (0.0, 1e-3),
+    ),
+    Metric(
+        "sampling/sampling_logp_difference/max",
+        "nats",
+        "|log p| by which sampler and trainer differ on the same tokens, at most.",
+        "tokens of up to 8 answers of a rollout; largest",
+        (0.0, 1e-2),
+    ),
     Metric("response/length_mean", "tokens", "Answer length, end token included.", _ANSWERS, (1.0, math.inf)),
     Metric("response/eos_rate", "share", "Share of answers that ended by themselves.", _ANSWERS, (0.5, 1.0)),
     Metric("rewards/*/mean", "reward", "One reward source before weighting.", "answers it spoke of; mean"),
@@ -159,6 +173,13 @@ _OFFLINE = (
 )
 
 _COMMON = (
+    Metric(
+        "steps_skipped",
+        "steps",
+        "Steps not taken because a loss, gradient, reward or log-probability was not finite; absent while none was.",
+        "sum since the stage began",
+        (0.0, 0.0),
+    ),
     Metric("lr", "1", "Learning rate of the step.", "the step (mean over a rollout's steps)", _POSITIVE),
     Metric(
         "grad_norm",

@@ -36,7 +36,9 @@ class Adam(torch.optim.Optimizer):
         eps: float,
         variant: Literal["torch", "tensorflow"] = "torch",
         weight_decay: float = 0.0,
+        local: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> None:
+        """`local` gives the part of a parameter (or gradient) that lies here; Adam moves each number by itself."""
         if variant not in ("torch", "tensorflow"):
             raise PalateError(f"variant: there is no Adam called {variant!r}. Known: tensorflow, torch.")
         if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
@@ -45,6 +47,7 @@ class Adam(torch.optim.Optimizer):
                 f"eps={eps}, weight_decay={weight_decay}, betas={betas}."
             )
         chosen = {"lr": lr, "betas": betas, "eps": eps, "variant": variant, "weight_decay": weight_decay}
+        self.local = local
         super().__init__(params, chosen)
         for group in self.param_groups:
             _refuse_half_precision(group["params"])
@@ -67,8 +70,9 @@ class Adam(torch.optim.Optimizer):
         """The number of this step for `parameter`, from 1; its state is made at the first."""
         state = self.state[parameter]
         if not state:
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            here = self.local(parameter)
+            state["exp_avg"] = torch.zeros_like(here, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(here, memory_format=torch.preserve_format)
         state["step"] = int(state.get("step", 0)) + 1
         return state["step"]
 
@@ -80,8 +84,8 @@ class Adam(torch.optim.Optimizer):
         beta_1, beta_2 = group["betas"]
         corrected = math.sqrt(1 - beta_2**step) if group["variant"] == "tensorflow" else 1.0
         adamw(
-            parameters,
-            [p.grad for p in parameters if p.grad is not None],
+            [self.local(p) for p in parameters],
+            [self.local(p.grad) for p in parameters if p.grad is not None],
             [self.state[p]["exp_avg"] for p in parameters],
             [self.state[p]["exp_avg_sq"] for p in parameters],
             [],

@@ -12,16 +12,17 @@ it.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
 import re
 import time
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import yaml
 from pydantic import Field, field_validator
@@ -29,9 +30,10 @@ from pydantic import Field, field_validator
 from palate import parallel, settings, tracking
 from palate.evidence import Evidence, functions, gather
 from palate.live import Display, duration
-from palate.provenance import Origins, annotated, provenance, read_json, write_json
-from palate.settings import PalateError, Settings, nearest
+from palate.provenance import Origins, annotated, provenance, read_json, write_json, write_text
+from palate.settings import PalateError, Resumable, Settings, nearest
 from palate.stage_folder import StageFolder
+from palate.stopping import Stopper
 from palate.workspace import Workspace
 
 __all__ = ["Experiment", "Outcome", "Plan", "StageOutcome", "Workspace", "execute", "plan", "plan_file"]
@@ -50,8 +52,14 @@ class Experiment(Settings):
     """The folder that holds the runs."""
     report_to: tuple[str, ...] = ()
     """Trackers beside metrics.jsonl: tensorboard, trackio, wandb. One that fails never stops the run."""
+    strategy: Literal["replicate", "zero2", "zero3"] = "replicate"
+    """What several processes (torchrun) divide beside the work: nothing, gradients and optimiser, or weights too."""
+    offload: bool = False
+    """Keep what zero2 and zero3 shard in CPU memory: for GPUs that are too small, and slower."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """How many checkpoints of a stage are kept while it runs."""
+    changed_data: Literal["refuse", "restart"] = "refuse"
+    """When data changed under a stage that is half done: stop and say so, or begin that stage again."""
     verl_names: bool = False
     """Log each metric under verl's name too, where verl has one."""
     stages: tuple[dict[str, Any], ...] = Field(min_length=1)
@@ -184,27 +192,68 @@ class Outcome:
 def execute(plan: Plan, display: Display, command: Sequence[str] = ()) -> Outcome:
     """Run every stage that is not done yet, in order, and return what came of it.
 
-    Raises PalateError when another process is at work in the folder, and whatever a stage raises; the same
-    call made again goes on from the newest verified checkpoint of the stage that was stopped.
+    Started by torchrun, every rank makes this call and all of them work on it; rank 0 writes. Raises PalateError when
+    another process is at work in the folder or the disk is full, Stopped after SIGTERM or SIGINT, and whatever a stage
+    raises; the same call made again goes on from the newest verified checkpoint of the stage that was stopped. When
+    several ranks end early one of them raises, the others exit without a word.
     """
-    world = parallel.world()
+    with parallel.joined(plan.experiment.strategy, plan.experiment.offload) as world, _one_message(world, plan.folder):
+        stopper = Stopper(world)
+        with stopper.listening(), _alone(plan.folder, world):
+            return _stages(plan, world, display, stopper, command)
+
+
+def _stages(plan: Plan, world: parallel.World, display: Display, stopper: Stopper, command: Sequence[str]) -> Outcome:
     began = time.monotonic()
-    plan.folder.mkdir(parents=True, exist_ok=True)
-    with _alone(plan.folder):
-        _describe(plan, command)
-        outcomes: list[StageOutcome] = []
-        hashes: dict[str, str] = {}
-        for index, stage in enumerate(plan.stages):
-            asked, seed = _dump(stage), plan.experiment.seed
-            evidence = gather(asked, seed, stage.references(), hashes, stage.files(), plan.functions)
-            outcomes.append(_run_stage(plan, index, evidence, world, display))
-            hashes[stage.name] = evidence.hash
+    world.first(lambda: _describe(plan, command))
+    outcomes: list[StageOutcome] = []
+    hashes: dict[str, str] = {}
+    for index, stage in enumerate(plan.stages):
+        evidence = world.first(lambda index=index: evidence_of(plan, index, hashes))
+        outcomes.append(_run_stage(plan, index, evidence, world, display, stopper))
+        hashes[stage.name] = evidence.hash
     return Outcome(plan.folder, tuple(outcomes), time.monotonic() - began)
 
 
+def evidence_of(plan: Plan, index: int, hashes: Mapping[str, str]) -> Evidence:
+    """What the result of one stage depends on; `hashes` are those of the stages before it."""
+    stage = plan.stages[index]
+    return gather(_dump(stage), plan.experiment.seed, stage.references(), hashes, stage.files(), plan.functions)
+
+
 @contextmanager
-def _alone(folder: Path) -> Generator[None]:
-    """Hold the run directory; a second process is told who holds it. A killed process lets go by dying."""
+def _one_message(world: parallel.World, folder: Path) -> Generator[None]:
+    """However many ranks fail, one of them says why; and a full disk is a fault with a next move."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as fault:  # told apart below; each is raised again, or told by another rank
+        if not world.claims():
+            raise SystemExit(getattr(fault, "exit_code", Resumable.exit_code)) from None
+        if world.lost(fault) and not isinstance(fault, PalateError):
+            raise Resumable(
+                f"{folder}: another process of this run is gone, so this one stops too. "
+                "Run the same command again: it goes on from its newest checkpoint."
+            ) from fault
+        if isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise PalateError(
+                f"{fault.filename or folder}: the disk is full. What was saved before is whole. "
+                "Make room and run the same command again."
+            ) from fault
+        raise
+
+
+@contextmanager
+def _alone(folder: Path, world: parallel.World) -> Generator[None]:
+    """Hold the run directory; a second run is told who holds it. A killed process lets go by dying."""
+    with ExitStack() as kept:
+        world.first(lambda: kept.enter_context(held(folder)) and None)
+        yield
+
+
+@contextmanager
+def held(folder: Path) -> Generator[Path]:
+    """The run directory's lock, held by this process. Raises PalateError when another one has it."""
+    folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -218,43 +267,56 @@ def _alone(folder: Path) -> Generator[None]:
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        yield folder
 
 
 def _describe(plan: Plan, command: Sequence[str]) -> None:
     folder = plan.folder
     plain = json.loads(json.dumps(dict(plan.given), default=str))  # functions have no YAML
     given = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
-    (folder / "run.yaml").write_text(given, encoding="utf-8")
-    (folder / "resolved.yaml").write_text(annotated(plan.resolved, plan.origins), encoding="utf-8")
+    write_text(folder / "run.yaml", given)
+    write_text(folder / "resolved.yaml", annotated(plan.resolved, plan.origins))
     path = folder / "provenance.json"
     write_json(path, provenance(plan.experiment.seed, command, read_json(path)))
 
 
-def _run_stage(plan: Plan, index: int, evidence: Evidence, world: parallel.World, display: Display) -> StageOutcome:
+def _run_stage(
+    plan: Plan, index: int, evidence: Evidence, world: parallel.World, display: Display, stopper: Stopper
+) -> StageOutcome:
     stage, home = plan.stages[index], StageFolder(plan.stage_folder(index), evidence)
-    home.adopt(stage.name)
-    aside = home.make_room(display.say)
-    if home.is_done(display.warn):
+    done, aside = world.first(lambda: _prepare(plan, index, home, display))
+    if done:
         display.say(f"{stage.name}: done before, skipped")
         return StageOutcome(stage.name, home.path, True, 0.0, _last_metrics(home.path))
     began = time.monotonic()
-    home.start(annotated(plan.resolved["stages"][index], plan.origins, ("stages", str(index))))
-    here = _workspace(plan, index, world, display)
+    here = _workspace(plan, index, world, display, stopper)
     try:
         stage.run(here)
     except PalateError:
-        home.give_way(aside)
+        if world.is_main:
+            home.give_way(aside)
         raise
     finally:
         here.close()
     seconds = time.monotonic() - began
-    home.finish(seconds)
+    world.first(lambda: home.finish(seconds))
     display.say(f"{stage.name}: done in {duration(seconds)}")
     return StageOutcome(stage.name, home.path, False, seconds, _last_metrics(home.path))
 
 
-def _workspace(plan: Plan, index: int, world: parallel.World, display: Display) -> Workspace:
+def _prepare(plan: Plan, index: int, home: StageFolder, display: Display) -> tuple[bool, Path | None]:
+    """Make a stage's folder ready: whether its work is there already, and where other work was put aside."""
+    stage = plan.stages[index]
+    home.adopt(stage.name)
+    home.refuse_changed_data(stage.name, plan.experiment.changed_data)
+    aside = home.make_room(display.say)
+    if home.is_done(display.warn):
+        return True, aside
+    home.start(annotated(plan.resolved["stages"][index], plan.origins, ("stages", str(index))))
+    return False, aside
+
+
+def _workspace(plan: Plan, index: int, world: parallel.World, display: Display, stopper: Stopper) -> Workspace:
     experiment = plan.experiment
     return Workspace(
         folder=plan.stage_folder(index),
@@ -267,6 +329,7 @@ def _workspace(plan: Plan, index: int, world: parallel.World, display: Display) 
         settings=plan.resolved["stages"][index],
         keep_checkpoints=experiment.keep_checkpoints,
         verl_names=experiment.verl_names,
+        stopper=stopper,
     )
 
 

@@ -4,13 +4,29 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
+from palate.checkpoint import CheckpointStore
 from palate.evidence import Evidence
-from palate.provenance import now, read_json, write_json
+from palate.provenance import now, read_json, write_json, write_text
+from palate.settings import PalateError
 
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class State:
+    """What would become of a stage: made `new`, skipped as `done`, `continue` after `step`, or `again` for a reason.
+
+    `folder` holds the work that is there already; for `again` it is the work that would be set aside.
+    """
+
+    what: Literal["new", "done", "continue", "again"]
+    folder: Path
+    step: int = 0
+    because: str = ""
 
 
 @dataclass(frozen=True)
@@ -32,6 +48,47 @@ class StageFolder:
             if old.name.removesuffix(f"-{name}").isdigit():
                 old.rename(self.path)
                 return
+
+    def state(self, name: str) -> State:
+        """What `adopt`, `make_room` and `is_done` would come to, found without touching anything."""
+        numbered = (f for f in sorted(self.path.parent.glob(f"*-{name}")) if f.name.removesuffix(f"-{name}").isdigit())
+        place = self.path if self.path.exists() else next(numbered, self.path)
+        mine = self._aside(self.evidence.hash)
+        before = read_json(place / ".started")
+        if before and before.get("hash") != self.evidence.hash:
+            if not mine.exists():
+                kept = replace(self, path=place)._is_worth_keeping()
+                why = self.evidence.difference(before.get("evidence", {}))
+                return State("again", place, because=f"a change in {why}") if kept else State("new", self.path)
+            place = mine
+        elif mine.exists() and not place.exists():
+            place = mine
+        return replace(self, path=place)._standing()
+
+    def _standing(self) -> State:
+        """How far the work of this evidence is, in the folder where it lies."""
+        done = read_json(self.path / "DONE")
+        if done.get("hash") == self.evidence.hash:
+            if done.get("outputs") == self._outputs():
+                return State("done", self.path)
+            return State("again", self.path, because="its model is not as DONE left it")
+        steps = CheckpointStore(self.path / "checkpoints").steps()
+        return State("continue", self.path, step=steps[0]) if steps else State("new", self.path)
+
+    def refuse_changed_data(self, name: str, policy: str) -> None:
+        """Raise PalateError when data changed under work that is half done: going on would mix two data sets."""
+        before = read_json(self.path / ".started")
+        half_done = (self.path / "checkpoints").exists() and not (self.path / "DONE").exists()
+        if policy == "restart" or not half_done or not before or self._aside(self.evidence.hash).exists():
+            return
+        old, new = dict(before.get("evidence", {})), dict(self.evidence.parts)
+        files, now = dict(old.pop("files", {})), dict(new.pop("files", {}))
+        changed = [file for file, digest in now.items() if file in files and files[file] != digest]
+        if changed and old == new:
+            raise PalateError(
+                f"{changed[0]}: it changed since stage {name!r} began, which is half done in {self.path}. Put the old "
+                "file back to go on, or set changed_data=restart to begin the stage again; nothing is lost either way."
+            )
 
     def make_room(self, say: Say) -> Path | None:
         """Move work of other evidence aside, and bring back this one's; returns where the other now is."""
@@ -76,7 +133,7 @@ class StageFolder:
     def start(self, settings: str) -> None:
         """Write down what is about to be made."""
         self.path.mkdir(exist_ok=True)
-        (self.path / "stage.yaml").write_text(settings, encoding="utf-8")
+        write_text(self.path / "stage.yaml", settings)
         write_json(self.path / ".started", {"hash": self.evidence.hash, "evidence": self.evidence.parts})
 
     def give_way(self, aside: Path | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from palate import optim
 from palate.batches import Loss, Rows
-from palate.parallel import World
+from palate.parallel import World, local, part_like, whole, whole_like
 from palate.randomness import permutation
-from palate.settings import PalateError, Settings
+from palate.settings import NotFinite, PalateError, Settings
 
 R = TypeVar("R", bound=Rows)
 LossFunction = Callable[[R], Loss]
@@ -66,43 +66,102 @@ class Stepper:
             eps=settings.eps,
             variant=settings.variant,
             weight_decay=settings.weight_decay,
+            local=local,
         )
+        self.most_rows: int | None = None
+        """The rows of a micro-batch that memory was found to hold; none where it never ran out."""
 
     def step(self, batch: R, loss: LossFunction[R], microbatch: int, rate: float) -> dict[str, float]:
         """Move the weights once, by the gradient of `loss` over the whole of `batch`.
 
-        Each term of the loss is a sum; it is divided here, once, by the count of its unit over all micro-batches
-        and ranks. The gradient is therefore the same for any `microbatch`. Returns the averaged metrics.
+        Every rank holds the whole batch and takes its share of it. Each term of the loss is a sum; it is divided
+        here, once, by the count of its unit over the whole batch. The gradient is therefore the same for any
+        `microbatch` and any number of ranks. Returns the averaged metrics.
+
+        Raises NotFinite, the weights as they were, when the loss or the gradient is nan or infinite. Where memory
+        runs out the batch is cut finer and gone through again; the finer cut is kept.
         """
-        counts = self.world.sum(batch.counts())
-        seen = _Averages()
-        for part in batch.split(microbatch):
-            result = loss(part.trimmed())
-            weighted = [t.total * (t.weight / max(counts[t.per], 1.0)) for t in result.terms.values()]
-            torch.stack(weighted).sum().backward()
-            seen.add(result, counts)
-        norm = self._clip()
-        if not math.isfinite(norm):
-            self.adam.zero_grad(set_to_none=True)
-            raise PalateError(f"the gradient is not finite (norm {norm}); lower the learning rate or look at the data.")
+        means, terms = self._gradient(batch, loss, microbatch)
+        norm = self.world.norm(self.parameters)
+        self._require_finite({**terms, "gradient norm": norm})
+        self._clip(norm)
         for group in self.adam.param_groups:
             group["lr"] = rate
         self.adam.step()
-        self.adam.zero_grad(set_to_none=True)
-        means, terms = self.world.sum_means(seen.means), self.world.sum(seen.terms)
+        self.forget()
         return {**means, **terms, "grad_norm": norm, "lr": rate}
 
-    def _clip(self) -> float:
+    def gradient(self, batch: R, loss: LossFunction[R], microbatch: int) -> dict[str, Tensor]:
+        """The gradient that `step` would follow, whole, by parameter name; weights stay as they are."""
+        self._gradient(batch, loss, microbatch)
+        found = {
+            name: whole(parameter.grad).clone()
+            for name, parameter in zip(self.names, self.parameters, strict=True)
+            if parameter.grad is not None
+        }
+        self.forget()
+        return found
+
+    def forget(self) -> None:
+        """Drop the gradients."""
+        self.adam.zero_grad(set_to_none=True)
+
+    def _gradient(self, batch: R, loss: LossFunction[R], microbatch: int) -> tuple[dict[str, float], dict[str, float]]:
+        """Gradients in place, summed over ranks; returns the averaged metrics and the terms of the loss."""
+        rows = min(microbatch, self.most_rows or microbatch)
+        while True:
+            seen = _Averages()
+            short = self._accumulate(batch, loss, rows, seen)
+            if not self.world.any(short):
+                break
+            self.forget()
+            rows = self._halved(self.world.rows_each(batch.size, rows))
+        self.world.sum_gradients(self.parameters)
+        return self.world.sum_means(seen.means), self.world.sum(seen.terms)
+
+    def _accumulate(self, batch: R, loss: LossFunction[R], rows: int, seen: _Averages) -> bool:
+        """Forward and backward over this rank's parts; whether memory ran out on the way."""
+        counts = batch.counts()
+        parts = list(batch.split(self.world.rows_each(batch.size, rows)))
+        try:
+            for part, matters in self.world.deal(parts):
+                result = loss(part.trimmed())
+                weighted = [t.total * (t.weight / max(counts[t.per], 1.0)) for t in result.terms.values()]
+                (torch.stack(weighted).sum() * float(matters)).backward()
+                seen.add(result, counts, matters)
+        except (MemoryError, RuntimeError) as fault:
+            if not self.world.can_retry or not _memory_ran_out(fault):
+                raise
+            return True
+        return False
+
+    def _halved(self, rows: int) -> int:
+        if rows == 1:
+            raise PalateError(
+                "memory: one row with its gradient does not fit. Shorten rows, train adapters, set "
+                "loading.checkpoint_activations, or take a smaller model."
+            )
+        self.most_rows = rows // 2
+        return self.most_rows
+
+    def _require_finite(self, found: Mapping[str, float]) -> None:
+        broken = [name for name, value in found.items() if not math.isfinite(value)]
+        if broken:
+            self.forget()
+            raise NotFinite(f"{', '.join(broken)}: not a finite number; no weight was moved.")
+
+    def _clip(self, norm: float) -> None:
         limit = self.settings.max_grad_norm
-        norm = nn.utils.clip_grad_norm_(self.parameters, math.inf if limit is None else limit)
-        return float(norm)
+        if limit is not None and norm > limit:
+            for gradient in (local(p.grad) for p in self.parameters if p.grad is not None):
+                gradient.mul_(limit / (norm + 1e-6))
 
     def state(self) -> dict[str, Tensor]:
-        """The optimiser's tensors by parameter name, for a checkpoint."""
+        """The optimiser's tensors by parameter name, for a checkpoint; sharded ones come whole, so every rank asks."""
         tensors: dict[str, Tensor] = {}
         for name, parameter in zip(self.names, self.parameters, strict=True):
             for field, value in self.adam.state.get(parameter, {}).items():
-                tensors[f"{field}/{name}"] = torch.as_tensor(value)
+                tensors[f"{field}/{name}"] = whole_like(parameter, torch.as_tensor(value))
         return tensors
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -112,9 +171,20 @@ class Stepper:
             for key, value in tensors.items():
                 field, _, owner = key.partition("/")
                 if owner == name:
-                    mine[field] = value.clone() if value.dim() == 0 else value.to(parameter.device).clone()
+                    here = local(parameter).device
+                    mine[field] = value.clone() if value.dim() == 0 else part_like(parameter, value).to(here).clone()
             if mine:
                 self.adam.state[parameter] = mine
+
+
+def _memory_ran_out(fault: BaseException) -> bool:
+    """torch has a type for this on GPUs alone; its CPU allocator says so in words."""
+    text = str(fault)
+    return (
+        isinstance(fault, MemoryError | torch.OutOfMemoryError)
+        or "can't allocate memory" in text
+        or "not enough memory" in text
+    )
 
 
 class _Averages:
@@ -124,27 +194,29 @@ class _Averages:
         self.means: dict[str, tuple[float, float]] = {}
         self.terms: dict[str, float] = {}
 
-    def add(self, result: Loss, counts: Mapping[str, float]) -> None:
+    def add(self, result: Loss, counts: Mapping[str, float], matters: bool = True) -> None:
+        """Count one part; one gone through for nothing only leaves its names, as zeros."""
         for name, term in result.terms.items():
-            value = float(term.total.detach()) / max(counts[term.per], 1.0)
+            value = float(term.total.detach()) / max(counts[term.per], 1.0) if matters else 0.0
             self.terms[name] = self.terms.get(name, 0.0) + value
         for name, mean in result.metrics.items():
             total, count = self.means.get(name, (0.0, 0.0))
-            self.means[name] = (total + float(mean.total.detach()), count + mean.count)
+            more = (float(mean.total.detach()), mean.count) if matters else (0.0, 0.0)
+            self.means[name] = (total + more[0], count + more[1])
 
 
-def evaluate(batches: Iterable[R], loss: LossFunction[R]) -> dict[str, float]:
+def evaluate(batches: Sequence[R], loss: LossFunction[R], world: World) -> dict[str, float]:
     """The loss terms and metrics of held-out batches, averaged over their units, without gradient."""
     totals: dict[str, tuple[float, float]] = {}
     with torch.no_grad():
-        for batch in batches:
+        for batch, matters in world.deal(batches):
             result, counts = loss(batch), batch.counts()
             found = {k: (float(t.total), counts[t.per]) for k, t in result.terms.items()}
             found |= {k: (float(m.total), m.count) for k, m in result.metrics.items()}
-            for name, (total, count) in found.items():
-                before = totals.get(name, (0.0, 0.0))
-                totals[name] = (before[0] + total, before[1] + count)
-    return {name: total / count for name, (total, count) in totals.items() if count}
+            for name, more in found.items():
+                total, count = totals.get(name, (0.0, 0.0))
+                totals[name] = (total + more[0], count + more[1]) if matters else (total, count)
+    return world.sum_means(totals)
 
 
 def minibatches(batch: R, parts: int, *counter: int | str) -> Iterator[R]:

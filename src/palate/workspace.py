@@ -11,6 +11,7 @@ from palate.checkpoint import CheckpointStore
 from palate.live import Bar, Display
 from palate.parallel import World
 from palate.settings import PalateError
+from palate.stopping import Stopper
 from palate.tracking import JsonLines, Opener, Trackers
 
 STAGE = "stage:"
@@ -35,15 +36,17 @@ class Workspace:
         settings: Mapping[str, Any],
         keep_checkpoints: int = 2,
         verl_names: bool = False,
+        stopper: Stopper | None = None,
     ) -> None:
         self.folder, self.name, self.seed, self.world = folder, name, seed, world
         self.store = CheckpointStore(folder / "checkpoints", keep_checkpoints, self.warn)
+        self.stopper = stopper or Stopper(world)
         self._models, self._display, self._verl_names = models, display, verl_names
         self._metrics = JsonLines(folder / "metrics.jsonl")
         self._samples = JsonLines(folder / "samples.jsonl")
         self._tokens = JsonLines(folder / "tokens.jsonl")
         self._warnings = JsonLines(folder / "warnings.jsonl", keep=True)
-        self._trackers = Trackers(trackers, folder.parent, name, settings, self.warn)
+        self._trackers = Trackers(trackers if world.is_main else {}, folder.parent, name, settings, self.warn)
         self._step = 0
 
     def resolve(self, reference: str | Path) -> Path:
@@ -61,8 +64,9 @@ class Workspace:
     def resume(self, step: int) -> None:
         """The stage goes on from the checkpoint of `step`: what was logged after it did not happen."""
         self._step = step
-        for log in (self._metrics, self._samples, self._tokens, self._warnings):
-            log.cut(step)
+        if self.world.is_main:
+            for log in (self._metrics, self._samples, self._tokens, self._warnings):
+                log.cut(step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write the metrics of one step to metrics.jsonl and to the trackers."""
@@ -70,22 +74,27 @@ class Workspace:
         numbers = {name: float(value) for name, value in metrics.items()}
         if self._verl_names:
             numbers |= meanings.verl_names(numbers)
-        self._metrics.append(step, [numbers])
+        self._write(self._metrics, step, [numbers])
         self._trackers.log(step, numbers)
 
     def sample(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write sample rows of one step to samples.jsonl, and show a few of them now and then."""
-        self._samples.append(step, rows)
+        self._write(self._samples, step, rows)
         self._display.samples(step, rows)
 
     def tokens(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Write a few answers of one step, token by token, to tokens.jsonl."""
-        self._tokens.append(step, rows)
+        self._write(self._tokens, step, rows)
 
     def warn(self, text: str) -> None:
         """Say that something should be looked at, to the user and in warnings.jsonl."""
-        self._warnings.append(self._step, [{"warning": text}])
+        self._write(self._warnings, self._step, [{"warning": text}])
         self._display.warn(text)
+
+    def _write(self, log: JsonLines, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Every rank knows the same numbers; one writes them."""
+        if self.world.is_main:
+            log.append(step, rows)
 
     def progress(self, total: int, title: str, done: int = 0) -> Bar:
         """The stage's progress bar, to be used in a `with`; `advance(metrics)` moves it and its live line."""

@@ -17,12 +17,12 @@ from palate.settings import kinds
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "palate"
 
 LAYERS = (
-    "records settings metrics randomness",
+    "records settings metrics randomness ranks",
     "batches losses credit optim",
     "parallel checkpoint models cast step data",
     "engines rewards judges evaluation diagnosis worlds algorithms",
-    "stages run workspace stage_folder tracking live provenance evidence",
-    "cli web door one_stage catalogue closing manual __init__ __main__",
+    "stages run workspace stopping stage_folder tracking live provenance evidence",
+    "cli cli_check cli_show check web door one_stage catalogue closing manual __init__ __main__",
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 # Verbs and the functions of the Python door are called like their algorithms; palate.train has a default.

@@ -65,7 +65,7 @@ def ppo_case(layout: str) -> tuple[Cast, Rows, object]:
     algorithm = ppo.Algorithm(old_logprobs="sampled", score_position="after", cliprange=0.05)
     with torch.no_grad():
         experience = algorithm.prepare(cast, scored)
-    return cast, experience, algorithm
+    return cast, experience.without_shown(), algorithm
 
 
 def gradients(cast: Cast, batch: Rows, algorithm: object, microbatch: int) -> dict[str, Tensor]:
@@ -130,7 +130,7 @@ def widened(batch: Rows, columns: int = 5) -> Rows:
     changes = {}
     for field in vars(batch):
         value = getattr(batch, field)
-        if field.endswith(("_BT", "_BKT")):
+        if field.endswith(("_BT", "_BKT")) and isinstance(value, Tensor):
             changes[field] = torch.cat([value, value.new_zeros(*value.shape[:-1], columns)], -1)
     return replace(batch, **changes)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -14,8 +13,6 @@ from palate import credit, losses
 from palate.batches import Experience, Loss, Mean, Scored, Term, Tokens
 from palate.cast import Cast
 from palate.settings import Choice
-
-ForwardPass = Callable[[Tokens], Tensor]
 
 
 class Algorithm(Choice):
@@ -75,14 +72,14 @@ class Algorithm(Choice):
         """Rewards, values, advantages and returns of a whole rollout; no gradient."""
         rows = scored.rollouts
         tokens, token_reward_BT = Tokens(rows.tokens_BT, rows.real_BT, rows.action_BT), scored.token_reward_BT
-        sampled_BT = rows.logp_BT
+        sampled_BT, chunk = rows.logp_BT, self.rollout_forward_batch_size
         if self.score_position == "after":  # the state after the longest answer needs a column of its own
             tokens, token_reward_BT, sampled_BT = _widen(tokens), _column(token_reward_BT), _column(sampled_BT)
-        value_BT = self._chunks(tokens, lambda part: cast.values("value", part))
-        ref_BT = self._chunks(tokens, lambda part: cast.logp("reference", part, rows.temperature))
+        value_BT = cast.chunked(tokens, chunk, lambda part: cast.values("value", part))
+        ref_BT = cast.chunked(tokens, chunk, lambda part: cast.logp("reference", part, rows.temperature))
         logp_BT = sampled_BT
         if self.old_logprobs == "recomputed":
-            logp_BT = self._chunks(tokens, lambda part: cast.logp("policy", part, rows.temperature))
+            logp_BT = cast.chunked(tokens, chunk, lambda part: cast.logp("policy", part, rows.temperature))
         kl_coef, mask_BT = scored.memory["kl_coef"], tokens.action_BT
         value_mask_BT = mask_BT | self._state_after(mask_BT, rows.limit)
         reward_BT = token_reward_BT + credit.shape_reward(scored.score_B, logp_BT, ref_BT, value_mask_BT, kl_coef)
@@ -142,10 +139,6 @@ class Algorithm(Choice):
         behind_BT = mask_BT.roll(1, -1) & ~mask_BT
         full_B = mask_BT.sum(-1) >= limit if limit else torch.zeros_like(mask_BT[:, 0])
         return behind_BT & ~full_B[:, None]
-
-    def _chunks(self, tokens: Tokens, forward: ForwardPass) -> Tensor:
-        parts = tokens.split(self.rollout_forward_batch_size)
-        return torch.cat([forward(part) for part in parts])
 
     def _remember(self, kl_coef: float, kl: float, episodes: int) -> dict[str, float]:
         if self.target_kl is None:

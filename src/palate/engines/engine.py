@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from palate.batches import Rollouts
+from palate.engines.publication import Publication
 from palate.models.tokenizer import Tokenizer
 from palate.settings import PalateError, Settings
 
@@ -55,6 +56,10 @@ class Engine(Protocol):
     @property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the answers."""
+        ...
+
+    def publish(self, publication: Publication) -> None:
+        """Speak with these weights from now on, and show it: PalateError, naming the layer, when that failed."""
         ...
 
     def generate(

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from palate import randomness
-from palate.batches import Rollouts
+from palate.batches import Rollouts, Tokens
 from palate.engines.draw import draw, drawn_from
 from palate.engines.engine import Sampling, answers_per_prompt, lay_out
-from palate.models.lora import wear
+from palate.engines.publication import Publication
+from palate.models.lora import bare_state, wear
 from palate.models.tokenizer import Tokenizer
 from palate.models.trunk import Trunk
-from palate.settings import PalateError
+from palate.parallel import World
+from palate.settings import NotFinite, PalateError
 
 
 @dataclass
@@ -57,8 +59,13 @@ class LocalEngine:
         sampling: Sampling,
         adapter: str | None = None,
         batch_size: int = 64,
+        world: World | None = None,
     ) -> None:
-        """`batch_size` is how many answers are written at once; it moves memory and speed, not answers."""
+        """`batch_size` is how many answers are written at once; it moves memory and speed, not answers.
+
+        In a world of several ranks each writes its share and all hold the whole; every rank makes the same calls.
+        """
+        self.world = world or World()
         self.trunk, self.tokenizer, self.sampling = trunk, tokenizer, sampling
         self.adapter, self.batch_size = adapter, batch_size
         if not (trunk.causal and trunk.speaks):
@@ -83,6 +90,29 @@ class LocalEngine:
         return torch.tensor(ends, dtype=torch.long, device=self.trunk.device)
 
     @torch.no_grad()
+    def publish(self, publication: Publication) -> None:
+        """The weights are the trainer's own, so there is nothing to take; that they are is shown all the same."""
+        publication.verify(bare_state(self.trunk.model, self.adapter), self.listen(publication.canary), "local engine")
+
+    @torch.no_grad()
+    def listen(self, text: Tokens) -> Tensor:
+        """Log-probabilities B×T that this engine, by its own way through cache and draw, gives to given text.
+
+        Rows are without padding; the first half is read at once, the rest token by token. 0 off the action mask.
+        """
+        said_BT, length = text.tokens_BT, text.tokens_BT.shape[1]
+        logp_BT, cache, start = torch.zeros(said_BT.shape, device=said_BT.device), None, 0
+        with wear(self.adapter):
+            for end in (max(1, length // 2), *range(max(1, length // 2) + 1, length)):
+                hidden_BSD, cache = self.trunk.extend(said_BT[:, start:end], text.real_BT[:, :end], cache)
+                logits_NV = self.trunk.logits(hidden_BSD.flatten(0, 1))
+                every_NV = drawn_from(logits_NV, self.sampling, self._ends, early=False)
+                following = said_BT[:, start + 1 : end + 1].reshape(-1, 1)
+                logp_BT[:, start + 1 : end + 1] = every_NV.gather(-1, following).view(said_BT.shape[0], -1)
+                start = end
+        return logp_BT * text.action_BT
+
+    @torch.no_grad()
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], keys: Sequence[int], version: int = 0, greedy: bool = False
     ) -> Rollouts:
@@ -96,10 +126,13 @@ class LocalEngine:
         drafts = [_Draft(row // per_prompt, key) for row, key in enumerate(keys)]
         asked = [tuple(prompt_ids[d.prompt]) for d in drafts]
         order = sorted(range(len(drafts)), key=lambda row: (len(asked[row]), asked[row]))
-        with wear(self.adapter):
-            for start in range(0, len(order), self.batch_size):
-                chunk = [drafts[row] for row in order[start : start + self.batch_size]]
-                self._write(chunk, prompt_ids, greedy)
+        rows = self.world.rows_each(len(order), self.batch_size)
+        chunks = [[drafts[row] for row in order[start : start + rows]] for start in range(0, len(order), rows)]
+        with wear(self.adapter), self.world.at_hand(self.trunk), self.world.together(NotFinite):
+            for chunk, matters in self.world.deal(chunks):
+                if matters:
+                    self._write(chunk, prompt_ids, greedy)
+        drafts = self._together(drafts, order, rows)
         return lay_out(
             prompt_ids,
             [d.tokens for d in drafts],
@@ -111,6 +144,13 @@ class LocalEngine:
             device=self.trunk.device,
             limit=self.sampling.max_new_tokens,
         )
+
+    def _together(self, drafts: list[_Draft], order: Sequence[int], rows: int) -> list[_Draft]:
+        """Every draft as the rank that wrote it left it."""
+        own = [order[start : start + rows] for start in range(0, len(order), rows)]
+        mine = [[(row, drafts[row]) for row in chunk] for chunk in own[self.world.rank :: self.world.size]]
+        written = {row: draft for chunk in self.world.gather(mine) for row, draft in chunk}
+        return [written[row] for row in range(len(drafts))]
 
     def _check(self, index: int, ids: Sequence[int]) -> None:
         room = self.trunk.context - self.sampling.max_new_tokens
@@ -169,7 +209,7 @@ class LocalEngine:
         broken_B = logp_BV.isnan().any(-1)
         if bool(broken_B.any()):
             prompt = live.drafts[int(broken_B.nonzero()[0])].prompt
-            raise PalateError(
+            raise NotFinite(
                 f"token {t} of the answer to prompt {prompt}: the model's logits are not numbers. Its "
                 f"weights have diverged or its precision overflows: lower the learning rate, or load it in "
                 f"float32."

@@ -8,6 +8,7 @@ import torch
 
 from palate.batches import Rollouts
 from palate.engines.engine import answers_per_prompt, lay_out
+from palate.engines.publication import Publication
 from palate.models.tokenizer import Tokenizer
 from palate.settings import PalateError
 
@@ -34,6 +35,9 @@ class ScriptedEngine:
         if not isinstance(answer, str):
             return list(answer)
         return [*self.tokenizer.encode(answer), *([self.tokenizer.end] if end else [])]
+
+    def publish(self, publication: Publication) -> None:
+        """Its answers are written already: no weights change them."""
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], keys: Sequence[int], version: int = 0, greedy: bool = False

@@ -22,7 +22,7 @@ def freeze_below(trunk: Trunk, unfrozen: int) -> None:
     0 freezes everything, −1 nothing. A head tied to the embeddings is below: it stays frozen. Raises PalateError
     when the model has fewer blocks.
     """
-    blocks = _blocks(trunk)
+    blocks = block_stack(trunk)
     if unfrozen > len(blocks):
         raise PalateError(
             f"layout.unfrozen_blocks: {unfrozen} of {len(blocks)} blocks. Use at most {len(blocks)}, or -1 for all."
@@ -40,13 +40,15 @@ def frozen_copy(trunk: Trunk) -> Trunk:
     return twin.requires_grad_(False)
 
 
-def _blocks(trunk: Trunk) -> nn.ModuleList:
+def block_stack(trunk: Trunk) -> nn.ModuleList:
     """The model's stack of blocks: the module list as long as its configuration says."""
     depth = trunk.model.config.get_text_config().num_hidden_layers
     for module in trunk.base.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
-    raise PalateError(f"{trunk.family}: palate cannot find its {depth} blocks. Use another layout than hydra.")
+    raise PalateError(
+        f"{trunk.family}: palate cannot find its {depth} blocks. Use another layout than hydra, and strategy replicate."
+    )
 
 
 @torch.no_grad()

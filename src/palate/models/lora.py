@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from palate import randomness
+from palate.parallel import whole
 from palate.settings import PalateError, nearest
 
 ALL_LINEAR = "all-linear"
@@ -58,10 +59,6 @@ class LowRank(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """… × in → … × out, in float32."""
         return functional.linear(functional.linear(x.float(), self.a), self.b) * self.scale
-
-    def delta(self) -> Tensor:
-        """What the term adds to a weight of shape out × in."""
-        return self.b @ self.a * self.scale
 
 
 def _speak(layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -161,11 +158,18 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
 
 
 def bare_state(model: nn.Module, adapter: str | None = None) -> dict[str, Tensor]:
-    """The model's weights under transformers' own names, with `adapter` folded in and no adapter beside them."""
-    state = {path: t for path, t in model.state_dict().items() if f".{PLACE}." not in path}
+    """The model's weights under transformers' own names, with `adapter` folded in and no adapter beside them.
+
+    Sharded weights come whole, so every rank has to ask. Tied names hold one tensor.
+    """
+    once: dict[int, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    for path, tensor in model.state_dict(keep_vars=True).items():
+        if f".{PLACE}." not in path:
+            state[path] = once.setdefault(id(tensor), whole(tensor).detach())
     if adapter is not None:
         for path, layer, low_rank in adapted(model, adapter):
-            state[f"{path}.weight"] = _merged(layer, low_rank)
+            state[f"{path}.weight"] = _merged(state[f"{path}.weight"], low_rank, isinstance(layer, Conv1D))
     return state
 
 
@@ -173,12 +177,12 @@ def bare_state(model: nn.Module, adapter: str | None = None) -> dict[str, Tensor
 def merge(model: nn.Module, name: str) -> None:
     """Fold the adapter into the weights, in place, and take it off: the bare model now speaks as it did."""
     for _, layer, low_rank in list(adapted(model, name)):
-        cast(Tensor, layer.weight).copy_(_merged(layer, low_rank))
+        weight = cast(Tensor, layer.weight)
+        weight.copy_(_merged(weight, low_rank, isinstance(layer, Conv1D)))
         del cast(nn.ModuleDict, getattr(layer, PLACE))[name]
 
 
 @torch.no_grad()
-def _merged(layer: nn.Module, low_rank: LowRank) -> Tensor:
-    weight = cast(Tensor, layer.weight)
-    delta = low_rank.delta()
-    return (weight.float() + (delta.T if isinstance(layer, Conv1D) else delta)).to(weight.dtype)
+def _merged(weight: Tensor, low_rank: LowRank, turned: bool) -> Tensor:
+    delta = whole(low_rank.b) @ whole(low_rank.a) * low_rank.scale
+    return (weight.float() + (delta.T if turned else delta)).to(weight.dtype)

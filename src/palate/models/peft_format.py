@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from palate.models.lora import adapted, adapter_names, attach, freeze_trunk, target_paths
+from palate.parallel import whole
 from palate.settings import PalateError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -20,15 +21,31 @@ _PREFIX = "base_model.model."
 _UNREAD = ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "trainable_token_indices")
 
 
-def save_adapter(model: PreTrainedModel, name: str, folder: Path, base: str, task: str = "CAUSAL_LM") -> None:
-    """Write the adapter so that PEFT (and vLLM) load it on `base`, a folder or hub id."""
-    folder.mkdir(parents=True, exist_ok=True)
+def adapter_tensors(model: PreTrainedModel, name: str) -> dict[str, Tensor]:
+    """The adapter's weights under PEFT's names; every rank has to ask, sharded ones come whole."""
     tensors: dict[str, Tensor] = {}
+    for path, _, low_rank in adapted(model, name):
+        tensors[f"{_PREFIX}{path}.lora_A.weight"] = whole(low_rank.a).detach().contiguous().cpu()
+        tensors[f"{_PREFIX}{path}.lora_B.weight"] = whole(low_rank.b).detach().contiguous().cpu()
+    return tensors
+
+
+def save_adapter(
+    model: PreTrainedModel,
+    name: str,
+    folder: Path,
+    base: str,
+    task: str = "CAUSAL_LM",
+    tensors: dict[str, Tensor] | None = None,
+) -> None:
+    """Write the adapter so that PEFT (and vLLM) load it on `base`, a folder or hub id.
+
+    `tensors` are what `adapter_tensors` gave, where several ranks had to bring them together first.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     layers: dict[str, bool] = {}
     rank, scale = 0, 0.0
     for path, layer, low_rank in adapted(model, name):
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = low_rank.a.detach().contiguous().cpu()
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = low_rank.b.detach().contiguous().cpu()
         layers[path] = isinstance(layer, Conv1D)
         rank, scale = low_rank.a.shape[0], low_rank.scale
     if not layers:
@@ -46,7 +63,7 @@ def save_adapter(model: PreTrainedModel, name: str, folder: Path, base: str, tas
         "target_modules": _short_names(model, list(layers)),
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(tensors or adapter_tensors(model, name), folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def _short_names(model: PreTrainedModel, paths: list[str]) -> list[str]:

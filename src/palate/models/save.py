@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
+from palate.checkpoint import sync_file, sync_folder
 from palate.models import peft_format
 from palate.models.heads import ScalarHead
 from palate.models.load import HEAD_NOTE, HEAD_WEIGHTS, quiet
 from palate.models.lora import bare_state
 from palate.models.tokenizer import Tokenizer
 from palate.models.trunk import Trunk
+from palate.parallel import World
 
 _EMPTY: Mapping[str, Any] = {}
 
@@ -48,26 +50,46 @@ def save(
     card: Card,
     head: ScalarHead | None = None,
     adapter: str | None = None,
+    world: World | None = None,
 ) -> None:
-    """Write a model folder, whole or not at all: under a temporary name first, then renamed.
+    """Write a model folder, whole or not at all: under a temporary name first, durable, then renamed.
 
     Without a head: a causal language model. With a head: a reward model, which `palate.models.load` reads exactly
     and AutoModelForSequenceClassification reads where the family has that class (gain folded into the score, the
     bias kept beside it). With an adapter: its weights merged, and the adapter itself in `adapter/` in PEFT's format.
+
+    In a world of several ranks each has to call it: sharded weights come together here, and rank 0 writes.
     """
+    state = bare_state(trunk.model, adapter)
+    adapted = peft_format.adapter_tensors(trunk.model, adapter) if adapter is not None else {}
+    (world or World()).first(lambda: _write(folder, trunk, tokenizer, card, head, state, (adapter, adapted)))
+
+
+def _write(
+    folder: Path,
+    trunk: Trunk,
+    tokenizer: Tokenizer,
+    card: Card,
+    head: ScalarHead | None,
+    state: dict[str, Tensor],
+    adapter: tuple[str | None, dict[str, Tensor]],
+) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     with quiet():
         if head is None:
-            _save_speaker(partial, trunk, tokenizer, adapter)
+            _save_speaker(partial, trunk, tokenizer, state)
         else:
-            _save_judge(partial, trunk, tokenizer, head, adapter)
-    if adapter is not None:
+            _save_judge(partial, trunk, tokenizer, head, state)
+    name, tensors = adapter
+    if name is not None:
         task = "CAUSAL_LM" if head is None else "FEATURE_EXTRACTION"
-        peft_format.save_adapter(trunk.model, adapter, partial / "adapter", card.base, task)
+        peft_format.save_adapter(trunk.model, name, partial / "adapter", card.base, task, tensors)
     tokenizer.save(partial)
     (partial / "README.md").write_text(_readme(card, trunk, head), encoding="utf-8")
+    for file in sorted(f for f in partial.rglob("*") if f.is_file()):
+        sync_file(file)
     _swap(partial, folder)
 
 
@@ -78,13 +100,14 @@ def _swap(partial: Path, folder: Path) -> None:
     if folder.exists():
         os.replace(folder, old)
     os.replace(partial, folder)
+    sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _save_speaker(folder: Path, trunk: Trunk, tokenizer: Tokenizer, adapter: str | None) -> None:
+def _save_speaker(folder: Path, trunk: Trunk, tokenizer: Tokenizer, state: dict[str, Tensor]) -> None:
     model = trunk.model
     model.generation_config = _generation(model, tokenizer)
-    model.save_pretrained(folder, state_dict=bare_state(model, adapter))
+    model.save_pretrained(folder, state_dict=state)
 
 
 def _generation(model: PreTrainedModel, tokenizer: Tokenizer) -> GenerationConfig:
@@ -100,14 +123,19 @@ def _generation(model: PreTrainedModel, tokenizer: Tokenizer) -> GenerationConfi
     )
 
 
-def _save_judge(folder: Path, trunk: Trunk, tokenizer: Tokenizer, head: ScalarHead, adapter: str | None) -> None:
+def _save_judge(folder: Path, trunk: Trunk, tokenizer: Tokenizer, head: ScalarHead, weights: dict[str, Tensor]) -> None:
     base = trunk.base
     inside = f"{base.base_model_prefix}." if trunk.model is not base else ""
-    state = {k.removeprefix(inside): v for k, v in bare_state(trunk.model, adapter).items() if k.startswith(inside)}
+    state = {k.removeprefix(inside): v for k, v in weights.items() if k.startswith(inside)}
     if head.kind == "linear" and trunk.causal and trunk.family in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES:
         _save_classifier(folder, base, state, head, tokenizer)
     else:
         base.save_pretrained(folder, state_dict=state)
+    save_head(folder, head)
+
+
+def save_head(folder: Path, head: ScalarHead) -> None:
+    """Write the head beside a trunk's files, as `palate.models.load.load_head` reads it."""
     save_file({k: v.detach().cpu().contiguous() for k, v in head.state_dict().items()}, folder / HEAD_WEIGHTS)
     note = {
         "role": "reward",

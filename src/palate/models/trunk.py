@@ -9,7 +9,8 @@ ids it holds cannot matter, whatever a family does about positions and masks.
 from __future__ import annotations
 
 import inspect
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from palate.models.lora import remember_adapter
 from palate.settings import PalateError
 
+T = TypeVar("T")
 UNLIMITED = 1 << 30
 """The context of families without a longest sequence."""
 
@@ -43,6 +45,7 @@ class Trunk(nn.Module):
         self.model = model
         self.vocabulary = vocabulary
         self.recomputes = False
+        self.computes_on: torch.device | None = None
         _silence_dropout(model)
         self.first_position, self.context = _positions(self.base)
         takes = inspect.signature(self.base.forward).parameters
@@ -53,6 +56,10 @@ class Trunk(nn.Module):
         self.causal = False
         self.causal, self.width = _measure(self)
         self._head = _find_head(self)
+
+    def forward(self, work: Callable[[], T]) -> T:
+        """What `work` gives. Every pass goes through here, where FSDP2's hooks gather sharded weights."""
+        return work()
 
     @property
     def base(self) -> PreTrainedModel:
@@ -71,8 +78,8 @@ class Trunk(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
-        return next(self.parameters()).device
+        """Where the trunk computes; offloaded weights may lie elsewhere."""
+        return self.computes_on or next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,6 +103,9 @@ class Trunk(nn.Module):
 
         Raises PalateError when a row has more real tokens than the context.
         """
+        return self(lambda: self._hidden(tokens_BT, real_BT))
+
+    def _hidden(self, tokens_BT: Tensor, real_BT: Tensor) -> Tensor:
         self._set_training(self.recomputes and torch.is_grad_enabled())
         packed_BS, exists_BS = _compact(tokens_BT, real_BT, self._filler)
         self._check_length(packed_BS.shape[1])
@@ -117,7 +127,8 @@ class Trunk(nn.Module):
                 f"{self.family}: this model has no language-model head, so it cannot be a policy. "
                 "Give the folder of a causal language model."
             )
-        logits_NV = _head_logits(self.model, self._head, hidden_ND)
+        head = self._head
+        logits_NV: Tensor = self(lambda: _head_logits(self.model, head, hidden_ND))
         if self.vocabulary < logits_NV.shape[-1]:
             logits_NV[..., self.vocabulary :] = float("-inf")
         return logits_NV
@@ -134,6 +145,9 @@ class Trunk(nn.Module):
                 f"{self.family}: this family keeps no keys and values, so palate cannot sample from it. "
                 "Choose a transformer with attention in every block."
             )
+        return self(lambda: self._extend(tokens_BS, real_BL, cache))
+
+    def _extend(self, tokens_BS: Tensor, real_BL: Tensor, cache: Any) -> tuple[Tensor, Any]:
         self._set_training(False)
         new = tokens_BS.shape[1]
         self._check_length(int(real_BL.sum(-1).max()))

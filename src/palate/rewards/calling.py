@@ -39,7 +39,7 @@ def load_function(spelled: str) -> Function:
         found = attrgetter(name)(module)
     except AttributeError:
         raise ValueError(f"{spelled!r}: {module_name} has no {name!r}.{_near(name, module_name)}") from None
-    except Exception as fault:  # the user's module is imported here and may raise anything
+    except (Exception, SystemExit) as fault:  # the user's module is imported here and may raise anything, or exit
         raise ValueError(f"{spelled!r}: cannot import {module_name}: {type(fault).__name__}: {fault}.") from None
     if not callable(found):
         raise ValueError(f"{spelled!r}: {name} is {type(found).__name__}, not a function.")
@@ -72,11 +72,16 @@ def ask(function: Function, label: str, answers: Answers) -> Verdict:
     result that is not a finite number, None, or a list with one finite number per token.
     """
     arguments = _arguments(function, label, answers)
+    return _verdict(label, answers.world.first(lambda: _said(function, label, arguments, answers)), answers)
+
+
+def _said(function: Function, label: str, arguments: _Arguments, answers: Answers) -> list[Any]:
+    """What the function says, one entry per answer. Of several ranks the first alone calls it: it may cost money."""
     try:
         said = _run(function, arguments)
-    except Exception as fault:  # the function is the user's and may raise anything
+    except (Exception, SystemExit) as fault:  # the function is the user's and may raise anything, or call exit
         raise _blame(function, label, arguments, answers, fault) from fault
-    return _verdict(label, _listed(said, label, answers), answers)
+    return _listed(said, label, answers)
 
 
 @dataclass(frozen=True)
@@ -162,13 +167,15 @@ def _wait(result: Awaitable[Any]) -> Any:
         return pool.submit(asyncio.run, finish()).result()
 
 
-def _blame(function: Function, label: str, arguments: _Arguments, answers: Answers, fault: Exception) -> PalateError:
+def _blame(
+    function: Function, label: str, arguments: _Arguments, answers: Answers, fault: BaseException
+) -> PalateError:
     """The error with the first answer that alone makes the function raise; failing that, all of them."""
     guilty = f"{answers.size} answers together, the first being {answers.name(0)}"
     for row in range(answers.size):
         try:
             _run(function, arguments.row(row))
-        except Exception as own:  # as in `ask`: anything the user's code may raise
+        except (Exception, SystemExit) as own:  # as in `ask`: anything the user's code may raise
             fault, guilty = own, answers.name(row)
             break
     last = traceback.extract_tb(fault.__traceback__)[-1]
@@ -225,11 +232,16 @@ def _tokens(label: str, values: list[Any], row: int, answers: Answers, count: in
     return [_number(label, v, row, answers) for v in values]
 
 
+_LARGEST = torch.finfo(torch.float32).max
+"""What is larger becomes infinite when scores are stored."""
+
+
 def _number(label: str, value: Any, row: int, answers: Answers) -> float:
-    number = value.item() if hasattr(value, "item") else value
-    if not isinstance(number, int | float) or not math.isfinite(number):
-        raise PalateError(
-            f"reward {label}: {number!r} for {answers.name(row)} is not a finite number. Return a number, a list "
-            f"of numbers (one per token), or None to abstain."
-        )
-    return float(number)
+    number = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(number, int | float) and abs(number) <= _LARGEST:
+        return float(number)
+    spelled = "a huge number" if isinstance(number, int) else repr(number)[:60]
+    raise PalateError(
+        f"reward {label}: {spelled} for {answers.name(row)} is not a finite number. Return a number, a list "
+        f"of numbers (one per token), or None to abstain."
+    )

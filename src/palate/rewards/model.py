@@ -12,9 +12,10 @@ from palate.data import collate
 from palate.data.encode import Encoding, TokenRow, encode_rankings
 from palate.models.load import Loaded, Loading, load
 from palate.models.tokenizer import Tokenizer
+from palate.parallel import World
 from palate.records import Message, Ranking
 from palate.rewards.reward import Answers, Verdict
-from palate.settings import Choice, PalateError
+from palate.settings import Choice, NotFinite, PalateError
 
 
 class Reward(Choice):
@@ -46,11 +47,11 @@ class Reward(Choice):
     def score(self, answers: Answers) -> Verdict:
         """One score per answer. Raises PalateError where the head is untrained or an answer does not fit."""
         loaded = self._open()
-        score_B = _scores(loaded, tokens_for(loaded, answers), self.batch_size)
+        score_B = _scores(loaded, tokens_for(loaded, answers), self.batch_size, answers.world)
         broken_B = ~score_B.isfinite()
         if bool(broken_B.any()):
             row = int(broken_B.nonzero()[0])
-            raise PalateError(
+            raise NotFinite(
                 f"reward {self.label}: {self.model} gives {float(score_B[row])} to {answers.name(row)}. Its "
                 f"weights have diverged or its precision overflows: train it again, or load it in float32."
             )
@@ -105,10 +106,11 @@ def _record(answers: Answers, row: int) -> Ranking:
 
 
 @torch.no_grad()
-def _scores(loaded: Loaded, tokens: Tokens, batch_size: int) -> Tensor:
+def _scores(loaded: Loaded, tokens: Tokens, batch_size: int, world: World) -> Tensor:
     """Scores in the order of the rows, computed on rows of like length."""
     cast = Cast({"reward": Seat(loaded.trunk, None, loaded.head)})
     order_B = tokens.real_BT.sum(-1).argsort(stable=True)
-    parts = [cast.scores("reward", part.trimmed()) for part in tokens.select(order_B).split(batch_size)]
-    sorted_B = torch.cat(parts)
+    parts = list(tokens.select(order_B).split(world.rows_each(tokens.size, batch_size)))
+    said = [cast.scores("reward", part.trimmed()) for part, _ in world.deal(parts)]
+    sorted_B = world.gather_rows(said, [part.size for part in parts])
     return torch.empty_like(sorted_B).index_copy(0, order_B, sorted_B)

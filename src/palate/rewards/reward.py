@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Protocol, cast, runtime_checkable
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from palate.batches import Rollouts, Rows
 from palate.models.tokenizer import Tokenizer
+from palate.parallel import World
 from palate.records import Text
 from palate.settings import Choice, PalateError, build
 
@@ -32,6 +33,8 @@ class Answers:
     rollouts: Rollouts
     tokenizer: Tokenizer
     said: Sequence[Text]
+    world: World = field(default_factory=World)
+    """The ranks that ask: a model's passes are divided among them, a function is called by the first alone."""
 
     @property
     def size(self) -> int:
@@ -88,6 +91,7 @@ def answers_of(
     prompts: Sequence[Asked],
     tokenizer: Tokenizer,
     said: Sequence[Text] | None = None,
+    world: World | None = None,
 ) -> Answers:
     """Texts of rollouts. `prompts` (and `said`) are per prompt and are dealt out by `rollouts.prompt_B`.
 
@@ -104,6 +108,7 @@ def answers_of(
         rollouts=rollouts,
         tokenizer=tokenizer,
         said=[said[p] if said else prompts[p].text for p in owner],
+        world=world or World(),
     )
 
 

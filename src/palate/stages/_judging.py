@@ -13,6 +13,7 @@ from torch import Tensor
 from palate.batches import Rollouts, Scored
 from palate.data.encode import PromptRow
 from palate.models.tokenizer import Tokenizer
+from palate.parallel import World
 from palate.rewards.reward import Scorer, answers_of
 from palate.rewards.shaping import Shaping, cut_after, shape, stop_token
 from palate.settings import Settings
@@ -39,7 +40,9 @@ class Judging:
         shaping: Shaping,
         truncation: Truncation | None,
         tokenizer: Tokenizer,
+        world: World,
     ) -> None:
+        self.world = world
         self.reward, self.watch, self.shaping = reward, watch, shaping
         self.truncation, self.tokenizer = truncation, tokenizer
         self.stop = stop_token(truncation.token, tokenizer, "truncation.token") if truncation else -1
@@ -49,7 +52,7 @@ class Judging:
     ) -> tuple[Scored, dict[str, float]]:
         """The verdict on each answer, and metrics of what each reward said. `prompts` are those asked."""
         judged = self._cut(rollouts)
-        answers = answers_of(judged, prompts, self.tokenizer, [p.said or p.text for p in prompts])
+        answers = answers_of(judged, prompts, self.tokenizer, [p.said or p.text for p in prompts], self.world)
         verdict = shape(self.reward.score(answers), answers, self.shaping)
         parts = dict(verdict.parts)
         if self.watch is not None:

@@ -85,17 +85,20 @@ def engine(cast: Cast, tokenizer: Tokenizer, sampling: Sampling, records: Sequen
         ends = tuple(i for i in stop_tokens(tokenizer) if i != tokenizer.eos)
         sampling = sampling.model_copy(update={"stop_token_ids": (*sampling.stop_token_ids, *ends)})
     seat = cast.roles["policy"]
-    return LocalEngine(seat.trunk, tokenizer, sampling, adapter=seat.adapter)
+    return LocalEngine(seat.trunk, tokenizer, sampling, adapter=seat.adapter, world=cast.world)
 
 
-def offline_cast(loaded: Loaded, layout: Layout, role: str, counter: int) -> Cast:
+def offline_cast(loaded: Loaded, layout: Layout, role: str, counter: int, here: Workspace) -> Cast:
     """The one role that learns from data at rest."""
-    return assemble(layout, loaded, (role,), counter)
+    return assemble(layout, loaded, (role,), counter, world=here.world)
 
 
-def online_cast(loaded: Loaded, value: Loaded | None, layout: Layout, trains: Sequence[str], counter: int) -> Cast:
+def online_cast(
+    loaded: Loaded, value: Loaded | None, layout: Layout, trains: Sequence[str], counter: int, here: Workspace
+) -> Cast:
     """The policy, its frozen start as the reference, and whoever else trains."""
-    return assemble(layout, loaded, tuple(dict.fromkeys(("policy", "reference", *trains))), counter, value)
+    roles = tuple(dict.fromkeys(("policy", "reference", *trains)))
+    return assemble(layout, loaded, roles, counter, value, here.world)
 
 
 def keep(
@@ -118,4 +121,4 @@ def keep(
         settings=stage.model_dump(mode="json"),
         metrics=metrics,
     )
-    save(here.folder / "model", seat.trunk, loaded.tokenizer, card, seat.head, seat.adapter)
+    save(here.folder / "model", seat.trunk, loaded.tokenizer, card, seat.head, seat.adapter, here.world)

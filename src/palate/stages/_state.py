@@ -8,27 +8,47 @@ from typing import Any
 from torch import Tensor
 
 from palate.cast import Cast
+from palate.parallel import whole
 from palate.step import Stepper
 from palate.workspace import Workspace
 
 
-def save(here: Workspace, number: int, cast: Cast, trains: Sequence[str], stepper: Stepper, **state: Any) -> None:
-    """A checkpoint after step or rollout `number`; `state` is whatever else the loop remembers, as JSON."""
-    tensors = {f"model/{name}": tensor for name, tensor in cast.state(trains).items()}
+def save(
+    here: Workspace,
+    number: int,
+    cast: Cast,
+    trains: Sequence[str],
+    stepper: Stepper,
+    more: Mapping[str, Tensor] | None = None,
+    **state: Any,
+) -> None:
+    """A checkpoint after step or rollout `number`; `more` and `state` are whatever else the loop remembers.
+
+    Every rank comes here; sharded tensors come together and rank 0 writes them. So a checkpoint is of no strategy and
+    no number of ranks.
+    """
+    tensors = {f"model/{name}": whole(tensor) for name, tensor in cast.state(trains).items()}
     tensors |= {f"optimiser/{name}": tensor for name, tensor in stepper.state().items()}
-    here.store.save(number, tensors, state)
+    said = {**state, "most_rows": stepper.most_rows}
+    here.world.first(lambda: here.store.save(number, {**tensors, **(more or {})}, said) and None)
 
 
-def resume(here: Workspace, cast: Cast, stepper: Stepper) -> tuple[int, Mapping[str, Any]]:
-    """Put the newest whole checkpoint back; (its number, its state), or (0, nothing) at the beginning."""
-    found = here.store.newest()
+def resume(here: Workspace, cast: Cast, stepper: Stepper) -> tuple[int, Mapping[str, Any], Mapping[str, Tensor]]:
+    """Put the newest whole checkpoint back; (its number, its state, its other tensors), or (0, {}, {}) at the start.
+
+    Rank 0 says which checkpoint that is; every rank reads it.
+    """
+    mine = here.store.newest() if here.world.is_main else None
+    step = here.world.first(lambda: mine[0] if mine else None)
+    found = mine if mine or step is None else here.store.newest(step)
     if found is None:
-        return 0, {}
+        return 0, {}, {}
     number, tensors, state = found
     cast.restore(_part(tensors, "model/"))
     stepper.restore(_part(tensors, "optimiser/"))
+    stepper.most_rows = state.get("most_rows")
     here.resume(number)
-    return number, state
+    return number, state, tensors
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -21,9 +21,10 @@ from palate.models.load import Loading
 from palate.randomness import key
 from palate.rewards.reward import AnyReward, stages_read
 from palate.rewards.shaping import Shaping
-from palate.settings import Choice
-from palate.stages import _rows, _seats, _state, _tokens
+from palate.settings import Choice, NotFinite, Stopped
+from palate.stages import _guard, _invariants, _rows, _seats, _state, _tokens
 from palate.stages._judging import Judging, Truncation
+from palate.stages._lesson import Lesson
 from palate.stages._order import Order
 from palate.stages._seats import AnyAlgorithm
 from palate.workspace import Workspace
@@ -106,24 +107,24 @@ class Stage(Choice):
 
     def run(self, here: Workspace) -> None:
         """Sample, score, learn; save the policy."""
-        loop = _Loop(self, here)
-        loop.go()
+        loop = _guard.survive(here, lambda rate: _Loop(self, here, rate))
         _seats.keep(here, loop.cast, loop.loaded, "policy", self, self.prompts.files(), loop.last)
 
 
 class _Loop:
     """The state of one online stage: who speaks, how far it is, what the algorithm remembers."""
 
-    def __init__(self, stage: Stage, here: Workspace) -> None:
+    def __init__(self, stage: Stage, here: Workspace, rate: float) -> None:
         self.stage, self.here = stage, here
         self.algorithm: Online = stage.algorithm  # pyright: ignore[reportAttributeAccessIssue]
         self.loaded = _seats.open_model(stage.model, here, "policy", stage.loading)
         value = _seats.open_model(stage.value_model, here, "value", stage.loading) if stage.value_model else None
-        self.cast = _seats.online_cast(
-            self.loaded, value, stage.layout, self.algorithm.trains, key(here.seed, stage.name)
-        )
+        counter = key(here.seed, stage.name)
+        self.cast = _seats.online_cast(self.loaded, value, stage.layout, self.algorithm.trains, counter, here)
         reward, watch = (_seats.at_hand(asked, here) for asked in (stage.reward, stage.watch))
-        self.judging = Judging(reward or stage.reward, watch, stage.shaping, stage.truncation, self.loaded.tokenizer)
+        self.judging = Judging(
+            reward or stage.reward, watch, stage.shaping, stage.truncation, self.loaded.tokenizer, here.world
+        )
         records, _ = _rows.read(stage.prompts, here)
         room = self.loaded.trunk.context - stage.sampling.max_new_tokens
         self.prompts = _rows.prompts(records, self.loaded.tokenizer, stage.encoding, room, here)
@@ -132,65 +133,124 @@ class _Loop:
         self.prompts = _rows.enough(self.prompts, per_rollout)
         lengths = [len(p.tokens) for p in self.prompts]
         self.order = Order(lengths, per_rollout, False, (here.seed, stage.name))
+        self.canary = _invariants.canary(self.prompts[0].tokens, stage.sampling.temperature, self.cast.device)
         self.stepper = step.Stepper(self.cast.parameters(self.algorithm.trains), stage.optimiser, here.world)
-        self.done, state = _state.resume(here, self.cast, self.stepper)
+        self._resume(rate)
+
+    def _resume(self, rate: float) -> None:
+        """Where the newest checkpoint left off, in the middle of a rollout's steps if it was written there."""
+        self.done, state, tensors = _state.resume(self.here, self.cast, self.stepper)
         self.memory: dict[str, float] = dict(state.get("memory", self.algorithm.memory()))
         self.last: dict[str, float] = dict(state.get("metrics", {}))
+        self.guard = _guard.Guard(self.here, state, rate)
+        pending = state.get("pending")
+        self.lesson = Lesson.restored(tensors, pending, self.cast.device) if pending else None
+        self.saved = (self.done, self.lesson.position if self.lesson else 0)
 
     def go(self) -> None:
-        """From where a checkpoint left off to the last rollout."""
-        stage = self.stage
-        save_every = stage.save_steps or max(1, stage.iterations // 10)
-        with self.here.progress(stage.iterations, stage.name, done=self.done) as bar:
-            for number in range(self.done + 1, stage.iterations + 1):
-                seen = self._iteration(number)
-                bar.advance(seen)
-                self.last = seen
-                if number % stage.logging_steps == 0 or number == stage.iterations:
-                    self.here.log(number, seen)
-                if number % save_every == 0 and number < stage.iterations:
-                    state = {"memory": self.memory, "metrics": self.last}
-                    _state.save(self.here, number, self.cast, self.algorithm.trains, self.stepper, **state)
+        """From where a checkpoint left off to the last rollout. A stop leaves a checkpoint behind."""
+        with self.here.progress(self.stage.iterations, self.stage.name, done=self.done) as bar:
+            try:
+                while self.done < self.stage.iterations:
+                    seen = self._iteration(self.done + 1)
+                    bar.advance(seen)
+            except Stopped:
+                with self.here.stopper.spared():
+                    self._save()
+                raise
 
     def _iteration(self, number: int) -> dict[str, float]:
+        try:
+            self.lesson = self.lesson or self._collect(number)
+        except NotFinite as fault:
+            self.guard.skip(number, fault, None)
+            return self._close(number, {})
+        self._learn(self.lesson)
+        return self._close(number, self.lesson.metrics())
+
+    def _collect(self, number: int) -> Lesson:
+        """A rollout, scored and prepared. Nothing of the loop changes here, so a stop may come at any moment."""
         started = time.perf_counter()
+        self.engine.publish(_invariants.publication(self.cast, self.canary, number - 1))
         prompts = [self.prompts[i] for i in self.order.batch(number - 1)]
         rollouts = self._rollouts(prompts, number)
+        agreed = _invariants.require_agreement(self.cast, rollouts, number - 1)
         scored, heard = self.judging.score(rollouts, prompts, self.memory)
         with torch.no_grad():
             experience = self.algorithm.prepare(self.cast, scored)
-        seen = self._update(experience.without_shown(), number)
-        self.memory = dict(experience.memory)
-        if number == 1 or number % self.stage.sample_steps == 0 or number == self.stage.iterations:
-            self.here.sample(number, self.judging.table(scored, prompts))
-            self.here.tokens(number, _tokens.table(experience, scored, prompts, self.loaded.tokenizer))
-        seconds = time.perf_counter() - started
-        clock = {"step_time": seconds, "tokens_per_second": float(rollouts.action_BT.sum()) / seconds}
-        episode = float(number * self.stage.rollout_batch_size)
-        return {**experience.metrics, **seen, **heard, **_shape(scored.rollouts), **clock, "episode": episode}
+        if number == 1:
+            length = float(rollouts.length_B.float().mean())
+            _invariants.require_no_kl_yet(experience.metrics, length, self.loaded.trunk.dtype)
+        sampled = number == 1 or number % self.stage.sample_steps == 0 or number == self.stage.iterations
+        return Lesson(
+            number,
+            experience.without_shown(),
+            {**experience.metrics, **heard, **agreed, **_shape(scored.rollouts)},
+            self.judging.table(scored, prompts) if sampled else [],
+            _tokens.table(experience, scored, prompts, self.loaded.tokenizer) if sampled else [],
+            time.perf_counter() - started,
+        )
 
     def _rollouts(self, prompts: Sequence[PromptRow], number: int) -> Rollouts:
         per_prompt = range(self.algorithm.group)
         keys = [key(self.here.seed, self.stage.name, number, p.key, k, "sample") for p in prompts for k in per_prompt]
         return self.engine.generate([p.tokens for p in prompts], keys, version=number - 1)
 
-    def _update(self, experience: Experience, number: int) -> dict[str, float]:
-        """All optimiser steps on one rollout; their metrics averaged, and the first one's ratio error."""
-        totals: dict[str, float] = {}
-        steps, first = 0, math.nan
-        rate = self.stage.optimiser.rate(number - 1, self.stage.iterations)
-        for epoch in range(self.algorithm.passes):
+    def _learn(self, lesson: Lesson) -> None:
+        """The optimiser steps on one rollout that are still to be taken. Between two of them a stop may come."""
+        started, number = time.perf_counter(), lesson.number
+        rate = self.stage.optimiser.rate(number - 1, self.stage.iterations) * self.guard.rate
+        parts = self.algorithm.minibatches
+        for epoch in range(lesson.position // parts, self.algorithm.passes):
             counter = (self.here.seed, self.stage.name, number, epoch, "minibatches")
-            for minibatch in step.minibatches(experience, self.algorithm.minibatches, *counter):
-                seen = self.stepper.step(minibatch, self._loss, self.stage.microbatch_size, rate)
-                first = abs(seen.get("val/ratio", 1.0) - 1.0) if steps == 0 else first
-                steps += 1
-                for name, value in seen.items():
-                    totals[name] = totals.get(name, 0.0) + value
-        return {name: total / steps for name, total in totals.items()} | {"first_minibatch/ratio_error": first}
+            minibatches = step.minibatches(lesson.experience, parts, *counter)
+            for minibatch in islice(minibatches, lesson.position % parts, None):
+                with self.here.stopper.held():
+                    seen = self.guard.step(number, minibatch, lambda batch=minibatch: self._step(batch, rate))
+                    if seen is not None and lesson.position == 0:
+                        _invariants.require_first_minibatch(seen, self.loaded.trunk.dtype, number)
+                    lesson.add(seen)
+        lesson.seconds += time.perf_counter() - started
 
-    def _loss(self, part: Experience) -> Any:
-        return self.algorithm.loss(self.cast, part)
+    def _step(self, minibatch: Experience, rate: float) -> dict[str, float]:
+        def loss(part: Experience) -> Any:
+            return self.algorithm.loss(self.cast, part)
+
+        return self.stepper.step(minibatch, loss, self.stage.microbatch_size, rate)
+
+    def _close(self, number: int, seen: Mapping[str, float]) -> dict[str, float]:
+        """The rollout is behind us: write what was seen, remember, save when it is time."""
+        stage, lesson = self.stage, self.lesson
+        save_every = stage.save_steps or max(1, stage.iterations // 10)
+        with self.here.stopper.held():
+            found = {**seen, "episode": float(number * stage.rollout_batch_size)}
+            if lesson is not None:
+                self.memory = dict(lesson.experience.memory)
+                said = float(lesson.experience.action_BT.sum())
+                found |= {"step_time": lesson.seconds, "tokens_per_second": said / max(lesson.seconds, 1e-9)}
+            if self.guard.skipped:
+                found["steps_skipped"] = float(self.guard.skipped)
+            self.last, self.done, self.lesson = found, number, None
+            if number % stage.logging_steps == 0 or number == stage.iterations:
+                self.here.log(number, found)
+            if lesson is not None and lesson.samples:
+                self.here.sample(number, lesson.samples)
+                self.here.tokens(number, lesson.tokens)
+            if number % save_every == 0 and number < stage.iterations:
+                self._save()
+        return found
+
+    def _save(self) -> None:
+        """A checkpoint of this very moment, unless the newest one is."""
+        place = (self.done, self.lesson.position if self.lesson else 0)
+        if place == self.saved or place == (0, 0):
+            return
+        state = {"memory": self.memory, "metrics": self.last, "guard": self.guard.state()}
+        pending = {"pending": self.lesson.state()} if self.lesson else {}
+        more = self.lesson.tensors() if self.lesson else {}
+        trains = self.algorithm.trains
+        _state.save(self.here, self.done, self.cast, trains, self.stepper, more, **state, **pending)
+        self.saved = place
 
 
 def _shape(rollouts: Rollouts) -> Mapping[str, float]:

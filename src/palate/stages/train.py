@@ -11,14 +11,15 @@ from pydantic import Field
 from palate import step
 from palate.algorithms.protocol import Offline
 from palate.batches import Rows
-from palate.cast import Cast, Layout
+from palate.cast import Layout
 from palate.data.encode import Encoding
 from palate.data.source import Data
-from palate.models.load import Loaded, Loading
+from palate.models.load import Loading
 from palate.models.make import Make
 from palate.randomness import key
-from palate.settings import Choice, PalateError
-from palate.stages import _rows, _seats, _state
+from palate.records import Record
+from palate.settings import Choice, PalateError, Stopped
+from palate.stages import _guard, _rows, _seats, _state
 from palate.stages._normalise import Normalise, Scale, normalise
 from palate.stages._order import Order
 from palate.stages._seats import AnyAlgorithm
@@ -77,89 +78,107 @@ class Stage(Choice):
 
     def run(self, here: Workspace) -> None:
         """Train, measure, save the model."""
-        algorithm: Offline = self.algorithm  # pyright: ignore[reportAssignmentType]
-        train, held = _rows.read(self.data, here)
-        loaded = _seats.open_model(self.model, here, algorithm.trains[0], self.loading, texts=_rows.texts(train))
-        encoder = (algorithm.reads, loaded.tokenizer, self.encoding, loaded.trunk.context, here)
-        rows, held_rows = _rows.encode(train, *encoder), _rows.encode(held, *encoder)
-        cast = _seats.offline_cast(loaded, self.layout, algorithm.trains[0], key(here.seed, self.name))
-        training = _Training(self, algorithm, here, loaded, cast, rows, held_rows)
-        start = self.model if isinstance(self.model, str) else None
-        scale = Scale(cast, loaded, start, train, self.encoding, self.loading, here)
-        if self.normalise is not None and self.normalise.before and training.done == 0:
-            normalise(self.normalise, scale)
-        training.go()
+        read = _rows.read(self.data, here)
+        training = _guard.survive(here, lambda rate: _Training(self, here, read, rate))
         if self.normalise is not None and self.normalise.after:
-            gain, bias = normalise(self.normalise, scale)
+            gain, bias = normalise(self.normalise, training.scale)
             training.last |= {"reward/gain": gain, "reward/bias": bias}
-        _seats.keep(here, cast, loaded, algorithm.trains[0], self, self.data.files(), training.last)
+        role = training.algorithm.trains[0]
+        _seats.keep(here, training.cast, training.loaded, role, self, self.data.files(), training.last)
 
 
 class _Training:
     """The loop over one stage's data."""
 
     def __init__(
-        self,
-        stage: Stage,
-        algorithm: Offline,
-        here: Workspace,
-        loaded: Loaded,
-        cast: Cast,
-        rows: Sequence[_rows.Row],
-        held: Sequence[_rows.Row],
+        self, stage: Stage, here: Workspace, read: tuple[Sequence[Record], Sequence[Record]], rate: float
     ) -> None:
-        self.stage, self.algorithm, self.here, self.cast = stage, algorithm, here, cast
-        self.pad, self.rows, self.held = loaded.tokenizer.pad, rows, held
-        if len(rows) < stage.batch_size:
+        self.stage, self.here = stage, here
+        self.algorithm: Offline = stage.algorithm  # pyright: ignore[reportAttributeAccessIssue]
+        role, train = self.algorithm.trains[0], read[0]
+        self.loaded = _seats.open_model(stage.model, here, role, stage.loading, texts=_rows.texts(train))
+        encoder = (self.algorithm.reads, self.loaded.tokenizer, stage.encoding, self.loaded.trunk.context, here)
+        self.rows, self.held = (_rows.encode(records, *encoder) for records in read)
+        if len(self.rows) < stage.batch_size:
             raise PalateError(
-                f"{stage.name}: {len(rows)} rows do not fill one batch of {stage.batch_size}. "
+                f"{stage.name}: {len(self.rows)} rows do not fill one batch of {stage.batch_size}. "
                 "Lower batch_size or bring more data."
             )
-        self.order = Order(
-            [_rows.length(row) for row in rows], stage.batch_size, stage.group_by_length, (here.seed, stage.name)
-        )
+        self.cast = _seats.offline_cast(self.loaded, stage.layout, role, key(here.seed, stage.name), here)
+        lengths = [_rows.length(row) for row in self.rows]
+        self.order = Order(lengths, stage.batch_size, stage.group_by_length, (here.seed, stage.name))
         self.steps = stage.max_steps or self.order.per_epoch * stage.num_train_epochs
-        self.stepper = step.Stepper(cast.parameters(algorithm.trains), stage.optimiser, here.world)
-        self.done, state = _state.resume(here, cast, self.stepper)
+        self.stepper = step.Stepper(self.cast.parameters(self.algorithm.trains), stage.optimiser, here.world)
+        start = stage.model if isinstance(stage.model, str) else None
+        self.scale = Scale(self.cast, self.loaded, start, train, stage.encoding, stage.loading, here)
+        self._resume(rate)
+        if stage.normalise is not None and stage.normalise.before and self.done == 0:
+            normalise(stage.normalise, self.scale)
+
+    def _resume(self, rate: float) -> None:
+        self.done, state, _ = _state.resume(self.here, self.cast, self.stepper)
         self.last: dict[str, float] = dict(state.get("metrics", {}))
         self.tokens = float(state.get("tokens", 0.0))
+        self.guard = _guard.Guard(self.here, state, rate)
+        self.saved = self.done
 
     def go(self) -> None:
-        """From where a checkpoint left off to the last step."""
-        stage = self.stage
-        save_every = stage.save_steps or max(1, self.steps // 10)
-        with self.here.progress(self.steps, stage.name, done=self.done) as bar:
-            for number in range(self.done + 1, self.steps + 1):
-                seen = self._step(number)
-                bar.advance(seen)
-                if number % stage.logging_steps == 0 or number == self.steps:
-                    self.last = {**seen, **self._held(number)}
-                    self.here.log(number, self.last)
-                if number % save_every == 0 and number < self.steps:
-                    metrics = {"metrics": self.last, "tokens": self.tokens}
-                    _state.save(self.here, number, self.cast, self.algorithm.trains, self.stepper, **metrics)
+        """From where a checkpoint left off to the last step. A stop leaves a checkpoint behind."""
+        with self.here.progress(self.steps, self.stage.name, done=self.done) as bar:
+            try:
+                while self.done < self.steps:
+                    bar.advance(self._step(self.done + 1))
+            except Stopped:
+                with self.here.stopper.spared():
+                    self._save()
+                raise
 
     def _step(self, number: int) -> dict[str, float]:
+        """One optimiser step with everything that belongs to it; a stop comes before or after it."""
+        stage = self.stage
         batch = self._batch([self.rows[i] for i in self.order.batch(number - 1)])
+        save_every = stage.save_steps or max(1, self.steps // 10)
+        with self.here.stopper.held():
+            seen = self.guard.step(number, batch, lambda: self._learn(batch, number)) or {}
+            seen |= {"epoch": number / self.order.per_epoch, "num_tokens": self.tokens}
+            if self.guard.skipped:
+                seen["steps_skipped"] = float(self.guard.skipped)
+            self.done = number
+            if number % stage.logging_steps == 0 or number == self.steps:
+                self.last = {**seen, **self._held(number)}
+                self.here.log(number, self.last)
+            if number % save_every == 0 and number < self.steps:
+                self._save()
+        return seen
+
+    def _learn(self, batch: Rows, number: int) -> dict[str, float]:
         with torch.no_grad():
-            batch = self.algorithm.prepare(self.cast, batch)
-        rate = self.stage.optimiser.rate(number - 1, self.steps)
+            prepared = self.algorithm.prepare(self.cast, batch)
+        rate = self.stage.optimiser.rate(number - 1, self.steps) * self.guard.rate
 
         def loss(part: Any) -> Any:
             return self.algorithm.loss(self.cast, part)
 
-        seen = self.stepper.step(batch, loss, self.stage.microbatch_size, rate)
-        self.tokens += batch.counts()["tokens"]
-        return {**seen, "epoch": number / self.order.per_epoch, "num_tokens": self.tokens}
+        seen = self.stepper.step(prepared, loss, self.stage.microbatch_size, rate)
+        self.tokens += prepared.counts()["tokens"]
+        return seen
+
+    def _save(self) -> None:
+        """A checkpoint of this very moment, unless the newest one is."""
+        if self.done == self.saved:
+            return
+        state = {"metrics": self.last, "tokens": self.tokens, "guard": self.guard.state()}
+        _state.save(self.here, self.done, self.cast, self.algorithm.trains, self.stepper, {}, **state)
+        self.saved = self.done
 
     def _held(self, number: int) -> dict[str, float]:
         every = self.stage.eval_steps
         if not self.held or not (number == self.steps or (every and number % every == 0)):
             return {}
         size = self.stage.microbatch_size
-        parts = (self._batch(self.held[i : i + size]) for i in range(0, len(self.held), size))
-        found = step.evaluate(parts, lambda part: self.algorithm.loss(self.cast, part))
+        parts = [self._batch(self.held[i : i + size]) for i in range(0, len(self.held), size)]
+        found = step.evaluate(parts, lambda part: self.algorithm.loss(self.cast, part), self.here.world)
         return {f"eval/{name}": value for name, value in found.items()}
 
     def _batch(self, rows: Sequence[_rows.Row]) -> Rows:
-        return _rows.batch(rows, self.pad).to(self.cast.device)
+        return _rows.batch(rows, self.loaded.tokenizer.pad).to(self.cast.device)

@@ -1,0 +1,29 @@
+"""Which of a run's processes this one is, as the launcher said it; known before torch is loaded."""
+
+from __future__ import annotations
+
+import os
+
+from palate.settings import PalateError
+
+
+def rank() -> int:
+    """This process's number among those of the run, from 0."""
+    return _number("RANK", 0)
+
+
+def size() -> int:
+    """How many processes the run has."""
+    return _number("WORLD_SIZE", 1)
+
+
+def local_rank() -> int:
+    """This process's number among those on the same machine: which GPU is its own."""
+    return _number("LOCAL_RANK", 0)
+
+
+def _number(name: str, otherwise: int) -> int:
+    text = os.environ.get(name, str(otherwise))
+    if not text.isdigit():
+        raise PalateError(f"{name}: expected a whole number from the launcher, got {text!r}. Start with torchrun.")
+    return int(text)

@@ -1,0 +1,135 @@
+"""What must hold at the first look at a rollout: sampler and trainer agree, the ratio is 1, the KL starts at 0.
+
+None of these is a matter of luck. A rollout drawn by the very weights that are about to be trained has ratio 1 in its
+first minibatch, up to rounding; where it has not, everything after it would be off-policy in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from palate.batches import Rollouts
+from palate.cast import Cast
+from palate.engines.publication import CLOSE, Publication, fingerprints
+from palate.models.lora import bare_state
+from palate.settings import PalateError
+
+_ROWS = 8
+"""Answers that are read again by the trainer; a disagreement is in every answer or it is none."""
+_CANARY = 24
+"""Tokens of the canary text."""
+_TEMPERATURES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.25, 1.3, 1.4, 1.5, 1.75, 2.0)
+
+
+@torch.no_grad()
+def publication(cast: Cast, canary: Rollouts, version: int) -> Publication:
+    """The policy as it is now, for an engine, with what the trainer says of the canary text."""
+    trunk, adapter = cast.seat("policy").trunk, cast.seat("policy").adapter
+    weights = bare_state(trunk.model, adapter)
+    return Publication(
+        version=version,
+        fingerprints=fingerprints(weights),
+        canary=canary,
+        canary_logp_BT=cast.logp("policy", canary, canary.temperature),
+        dtype=trunk.dtype,
+        weights=lambda: weights,
+    )
+
+
+def canary(prompt: list[int], temperature: float, device: torch.device) -> Rollouts:
+    """The first tokens of a prompt as a text whose every token but the first is asked for."""
+    tokens = (prompt * 2)[: max(2, min(_CANARY, len(prompt)))]
+    tokens_BT = torch.tensor([tokens], device=device)
+    real_BT = torch.ones_like(tokens_BT, dtype=torch.bool)
+    action_BT = real_BT.clone()
+    action_BT[:, 0] = False
+    nothing = torch.zeros(tokens_BT.shape, device=device)
+    done_B = torch.ones(1, dtype=torch.bool, device=device)
+    return Rollouts(tokens_BT, real_BT, action_BT, nothing, done_B, done_B.long() * 0, 0, temperature)
+
+
+@torch.no_grad()
+def require_agreement(cast: Cast, rollouts: Rollouts, version: int) -> dict[str, float]:
+    """Sampler's and trainer's log-probabilities of the same tokens, compared; how far they lie apart, as metrics.
+
+    Raises PalateError, with the likely cause, when they differ by more than rounding, or when the answers are not of
+    the version that was published last.
+    """
+    if rollouts.version != version:
+        raise PalateError(
+            f"rollouts: they are of policy version {rollouts.version}, but version {version} was published. "
+            "Training on them would be off-policy. Look at what the engine does with a publication."
+        )
+    rows = rollouts.select(torch.arange(min(_ROWS, rollouts.size))).trimmed()
+    said_N = rows.logp_BT[rows.action_BT]
+    gap_N = cast.logp("policy", rows, rows.temperature)[rows.action_BT] - said_N
+    mean, largest = CLOSE[cast.seat("policy").trunk.dtype]
+    found = {
+        "sampling/sampling_logp_difference/mean": float(gap_N.abs().mean()),
+        "sampling/sampling_logp_difference/max": float(gap_N.abs().max()),
+    }
+    if not (found["sampling/sampling_logp_difference/mean"] <= mean and float(gap_N.abs().max()) <= largest):
+        raise PalateError(
+            f"rollouts: sampler and trainer give the same tokens log-probabilities that differ by "
+            f"{float(gap_N.abs().mean()):.2g} on average and {float(gap_N.abs().max()):.2g} at most "
+            f"({mean:g} and {largest:g} would be rounding). Likely cause: {likely_cause(cast, rows, mean)}"
+        )
+    return found
+
+
+def require_first_minibatch(seen: Mapping[str, float], dtype: torch.dtype, number: int) -> None:
+    """Ratio 1 and nothing clipped in the first minibatch of rollout `number`, before any step has been taken on it."""
+    mean, _ = CLOSE[dtype]
+    ratio, clipped = seen.get("val/ratio", 1.0), seen.get("policy/clipfrac_avg", 0.0)
+    if abs(ratio - 1.0) <= 2 * mean and clipped <= mean:
+        return
+    raise PalateError(
+        f"rollout {number}: in its first minibatch the ratio is {ratio:.6g} (1 is right) and {clipped:.2%} of the "
+        "tokens are clipped (none is right), although no step has been taken on it. Likely cause: old "
+        "log-probabilities of other weights or another temperature than the loss uses, or dropout in one of the passes."
+    )
+
+
+def require_no_kl_yet(metrics: Mapping[str, float], tokens: float, dtype: torch.dtype) -> None:
+    """Before the first update the policy *is* the reference, so their KL per token is 0 up to rounding."""
+    kl, (mean, _) = metrics.get("objective/kl", 0.0), CLOSE[dtype]
+    if abs(kl) > mean * max(tokens, 1.0):
+        raise PalateError(
+            f"rollout 1: the KL to the reference is {kl:.4g} nats per answer before any update, 0 is right. Likely "
+            "cause: the reference is not the model the policy starts from, or the two are read at other temperatures."
+        )
+
+
+def likely_cause(cast: Cast, rows: Rollouts, mean: float) -> str:
+    """Which of the known causes explains a disagreement, found by trying each."""
+    ours_BT = cast.logp("policy", rows, rows.temperature)
+    again_BT = cast.logp("policy", rows, rows.temperature)
+    if not bool((ours_BT == again_BT).all()):
+        return "dropout, or another source of chance, is active: two passes over the same tokens differ."
+    gaps = {t: _gap(cast.logp("policy", rows, t), rows) for t in _TEMPERATURES}
+    best = min(gaps, key=lambda t: gaps[t])
+    if best != rows.temperature and gaps[best] < 10 * mean:
+        return f"temperature: the sampler drew at {best:g}, the trainer reads at {rows.temperature:g}."
+    difference_N = (rows.logp_BT - ours_BT)[rows.action_BT]
+    if bool((difference_N >= -mean).all()) and float(difference_N.std()) < 0.5 * float(difference_N.mean()):
+        return "a truncated distribution: the sampler left tokens out (top-k, top-p, suppressed ends)."
+    if _at_the_start(rows, ours_BT, mean):
+        return "template or begin token: the first answer tokens disagree most, as after another prompt."
+    return "stale weights: the sampler speaks with another version of the policy, or lacks its adapter."
+
+
+def _gap(logp_BT: Tensor, rows: Rollouts) -> float:
+    return float((logp_BT - rows.logp_BT)[rows.action_BT].abs().mean())
+
+
+def _at_the_start(rows: Rollouts, ours_BT: Tensor, mean: float) -> bool:
+    """Whether the disagreement sits in the first answer token of each row and fades behind it."""
+    place_BT = rows.action_BT.cumsum(-1)
+    first_BT, later_BT = rows.action_BT & (place_BT == 1), rows.action_BT & (place_BT > 4)
+    early = _gap(ours_BT, replace(rows, action_BT=first_BT))
+    late = _gap(ours_BT, replace(rows, action_BT=later_BT)) if bool(later_BT.any()) else 0.0
+    return early > mean and early > 4 * late
