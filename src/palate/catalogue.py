@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -45,6 +46,13 @@ def recipe(name: str) -> Path:
     if name not in known:
         raise PalateError(f"no recipe is called {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")
     return known[name]
+
+
+def find_own_code(*folders: Path) -> None:
+    """Let `module:name` find the user's files: beside the recipe, then in the working directory, after all else."""
+    for folder in (*folders, Path.cwd()):
+        if str(folder.resolve()) not in sys.path:
+            sys.path.append(str(folder.resolve()))
 
 
 def _modules(folder: str) -> list[Path]:

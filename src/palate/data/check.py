@@ -125,8 +125,13 @@ def check(
 
 def check_data(data: Data, seed: int = 0, tokenizer: Speaker | None = None, max_length: int | None = None) -> Report:
     """A report on a source: faulty rows are counted and the first of them told, instead of stopping at one."""
-    source = data.path or ", ".join(part.path for part in data.parts())
-    whole = Reading(Part(path=source))
+    whole = read_all(data, seed)
+    return check(whole.records, tokenizer, max_length, whole.part.path, whole)
+
+
+def read_all(data: Data, seed: int = 0) -> Reading:
+    """Every part of a source as one reading, its faults kept. Raises PalateError when there is no row to speak of."""
+    whole = Reading(Part(path=data.path or ", ".join(part.path for part in data.parts())))
     for part in data.parts():
         rows = data.rows or (_WORLD_ROWS if part.path.startswith("world:") else None)
         reading = read_part(part, rows, key("data", seed), tolerant=True)
@@ -137,7 +142,7 @@ def check_data(data: Data, seed: int = 0, tokenizer: Speaker | None = None, max_
         whole.broken = whole.broken or reading.broken
     if not whole.records and (whole.bad or whole.broken):
         raise PalateError(whole.bad[0].message if whole.bad else str(whole.broken))
-    return check(whole.records, tokenizer, max_length, source, whole)
+    return whole
 
 
 def report_dict(report: Report) -> dict[str, Any]:
