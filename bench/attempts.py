@@ -73,7 +73,7 @@ def fork(attempt: Attempt, moment: Moment | None = None, kill_after: float | Non
 
 
 def spawn(attempt: Attempt, environment: Mapping[str, str], kill_after: float | None = None) -> Ended:
-    """Run `python -m palate` in a process of its own."""
+    """Run `python -m palate` in a process of its own. A kill counts from where it opens the run directory."""
     attempt.run.parent.mkdir(parents=True, exist_ok=True)
     attempt.first_step.unlink(missing_ok=True)
     began = time.monotonic()
@@ -81,7 +81,11 @@ def spawn(attempt: Attempt, environment: Mapping[str, str], kill_after: float | 
     output = [(os.POSIX_SPAWN_OPEN, 1, str(attempt.log), flags, 0o644), (os.POSIX_SPAWN_DUP2, 1, 2)]
     words = [sys.executable, "-m", "palate", *attempt.arguments]
     pid = os.posix_spawn(sys.executable, words, environment, file_actions=output)
-    return _wait(attempt, pid, began, kill_after)
+    lock = attempt.run / ".lock"
+    while kill_after is not None and not lock.exists() and time.monotonic() - began < LIMIT:
+        time.sleep(0.002)
+    opened = time.monotonic() - began
+    return _wait(attempt, pid, began, None if kill_after is None else opened + kill_after)
 
 
 def _be_the_command(attempt: Attempt, moment: Moment | None) -> None:
@@ -118,8 +122,8 @@ def _note_first_step(path: Path) -> None:
 
 
 def _wait(attempt: Attempt, pid: int, began: float, kill_after: float | None) -> Ended:
-    """Wait for the end of a process; `kill_after` seconds from now it is killed."""
-    wall = time.time()
+    """Wait for the end of a process; it is killed `kill_after` seconds after it began."""
+    wall = time.time() - (time.monotonic() - began)
     while True:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:

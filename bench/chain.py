@@ -9,7 +9,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.moments import Call, Moment, OnDisk
+from bench.moments import Both, Call, Moment, OnDisk
 
 STEP, DECODING = "palate.step:Stepper.step", "palate.models.trunk:Trunk.extend"
 SFT, REWARD, RLHF = "1-sft/.started", "2-reward/.started", "3-rlhf/.started"
@@ -27,8 +27,9 @@ class Link:
 
 CHAIN: Sequence[Link] = (
     Link(OnDisk("the settings are half written", "os.rename", r"/\.provenance\.json\.new$")),
-    Link(OnDisk("the first stage has a folder and nothing in it", "open", "/1-sft/stage.yaml$")),
+    Link(OnDisk("the first stage has a folder and nothing in it", "open", r"/1-sft/\.stage\.yaml\.new$")),
     Link(OnDisk("sft: before it says what it began", "os.rename", r"/1-sft/\.\.started\.new$")),
+    Link(Call("sft: SIGTERM before the first step", "palate.stages._rows:read", once=SFT, signal=signal.SIGTERM)),
     Link(Call("sft: before the first checkpoint", STEP, 2, after=True, once=SFT)),
     Link(Call("sft: a checkpoint's folder is staged, and empty", "palate.checkpoint:save_file", once=SFT)),
     Link(Call("sft: a checkpoint's tensors are written", "palate.checkpoint:save_file", after=True, once=SFT)),
@@ -54,16 +55,21 @@ CHAIN: Sequence[Link] = (
     Link(Call("rlhf: between two minibatches, no checkpoint yet", STEP, 1, after=True, once=RLHF)),
     Link(Call("rlhf: between two minibatches", STEP, 11, after=True, once=RLHF)),
     Link(Call("rlhf: in the middle of decoding", DECODING, 20, once=RLHF)),
+    Link(Call("rlhf: metrics are written, samples are not", "palate.workspace:Workspace.log", after=True, once=RLHF)),
+    Link(Call("rlhf: samples are written, tokens are not", "palate.workspace:Workspace.sample", after=True, once=RLHF)),
+    Link(Call("rlhf: all is written but the checkpoint", "palate.workspace:Workspace.tokens", after=True, once=RLHF)),
+    Link(Call("rlhf: SIGTERM while decoding", DECODING, 18, once=RLHF, signal=signal.SIGTERM)),
     Link(
-        Call("rlhf: samples are written, metrics are not", "palate.workspace:Workspace.sample", after=True, once=RLHF)
+        Call("rlhf: SIGINT between minibatches", STEP, 3, once=RLHF, signal=signal.SIGINT),
+        leaves="3-rlhf/checkpoints/step-*",
     ),
     Link(
-        Call(
-            "rlhf: metrics are written, the checkpoint is not", "palate.workspace:Workspace.log", after=True, once=RLHF
+        Both(
+            "rlhf: SIGTERM between minibatches, then killed in the last save",
+            Call("asked", STEP, 3, once=RLHF, signal=signal.SIGTERM),
+            OnDisk("killed", "os.rename", r"/3-rlhf/checkpoints/\.staged"),
         )
     ),
-    Link(Call("rlhf: SIGTERM while decoding", DECODING, 18, once=RLHF, signal=signal.SIGTERM)),
-    Link(Call("rlhf: SIGINT between minibatches", STEP, 3, once=RLHF, signal=signal.SIGINT)),
     Link(
         Call("rlhf: a damaged checkpoint follows", "palate.checkpoint:CheckpointStore.prune", after=True, once=RLHF),
         True,

@@ -105,10 +105,13 @@ class Worker:
             ended = fork(attempt, moment)
             self._note_restart(ended)
             killed = moment.signal == signal.SIGKILL
-            if ended.code not in (0, -signal.SIGKILL if killed else ASKED_TO_STOP):
+            if ended.code == 0:
+                self.record.missed.append(f"{moment.name}, nor what comes after it: the run is at its end")
+                return
+            if ended.code != (-signal.SIGKILL if killed else ASKED_TO_STOP):
                 self._broke(attempt, ended, moment.name)
-            elif ended.code == 0 or not any(attempt.run.glob(link.leaves)):
-                self.record.missed.append(moment.name)
+            elif not any(attempt.run.glob(link.leaves)):
+                self.record.missed.append(f"{moment.name}: it left no {link.leaves}")
             else:
                 way = "at an exact moment" if killed else "asked to stop"
                 self._count(attempt, ended, way, moment.name, link.damage)
@@ -151,12 +154,13 @@ class Worker:
 
     def random(self, kills: int) -> None:
         """Runs killed at random until `kills` are counted; the last one is then left to end."""
-        names = (f"random-{number}" for number in range(10**6))
-        while kills > 0:
-            attempt = Attempt(RECIPE, self.home / next(names))
+        for number in range(10 * kills):
+            attempt = Attempt(RECIPE, self.home / f"random-{number}")
             kills -= self._one_run(attempt, kills)
             if attempt.run.name not in str(self.record.unequal):
                 shutil.rmtree(attempt.run, ignore_errors=True)
+            if kills == 0:
+                return
 
     def _one_run(self, attempt: Attempt, most: int) -> int:
         """Kill one run up to `most` times; the first kill is of a process of its own. Returns the kills."""
@@ -174,10 +178,9 @@ class Worker:
         return most
 
     def _kill_somewhere(self, attempt: Attempt, alone: bool) -> tuple[str, Ended]:
+        share = self.draw.uniform(0, 0.5)  # of a whole run: later starts have a part of it behind them
         if alone:
-            passed = self.draw.uniform(0, self.record.whole)
-            return "by the clock, a process of its own", spawn(attempt, os.environ, self.record.imports + passed)
-        share = self.draw.uniform(0, 0.5)  # of a whole run: a part of this one is behind us
+            return "by the clock, a process of its own", spawn(attempt, os.environ, share * self.record.whole)
         if self.draw.random() < 0.5:
             return "by the clock", fork(attempt, kill_after=share * self.record.whole)
         return "before a step on the disk", fork(attempt, NthOnDisk(1 + int(share * self.record.disk_steps)))

@@ -96,7 +96,26 @@ class NthOnDisk:
         listen(run, lambda event, path: strike())
 
 
-Moment = Call | OnDisk | NthOnDisk
+@dataclass(frozen=True)
+class Both:
+    """Two moments; the process ends at the second."""
+
+    name: str
+    first: Call | OnDisk
+    second: Call | OnDisk
+
+    @property
+    def signal(self) -> int:
+        """What ends the process."""
+        return self.second.signal
+
+    def arm(self, run: Path) -> None:
+        """Both of them, in this process."""
+        self.first.arm(run)
+        self.second.arm(run)
+
+
+Moment = Call | OnDisk | NthOnDisk | Both
 
 
 class _Countdown:
