@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check bench docs clean
+.PHONY: demo test check bench chaos soak docs clean
 
 demo: $(VENV)/.run            ## train the tasting room from nothing and open its report
 	$(BIN)/palate run recipes/tasting_room.yaml
@@ -24,6 +24,12 @@ bench: $(VENV)/.dev           ## learning curves and the Adam ablation, measured
 	$(BIN)/python -m bench.curves
 	$(BIN)/palate run bench/bigger.yaml
 	$(BIN)/python -m bench.adam_ablation
+
+chaos: $(VENV)/.dev           ## kill real runs 200 times at random, and at every exact moment
+	$(BIN)/python -m bench.chaos --kills 200 --page bench/chaos.md
+
+soak: $(VENV)/.dev            ## two thousand small PPO steps: memory, file handles, step time
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.soak --steps 2000 --page bench/soak.md --picture docs/img/soak.svg
 
 docs: $(VENV)/.dev            ## the generated pages of docs/
 	$(BIN)/python docs/build.py
