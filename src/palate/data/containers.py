@@ -201,8 +201,8 @@ def _table_rows(reader: Any, lines: list[str], path: Path) -> Iterator[Row | Bad
             cells: list[str] | None = next(reader, None)
         except csv.Error as fault:
             if header is None or "unexpected end of data" in str(fault):  # a quote that swallowed all the rest
-                raise PalateError(f"{place}: not a table: {fault}. Close the quotes or mend the line.") from None
-            yield BadRow(place, f"not a table: {fault}. Close the quotes or mend the line.", _spelled("".join(lines)))
+                raise PalateError(one_line(f"{place}: {_not_a_table(fault)}")) from None
+            yield BadRow(place, _not_a_table(fault), _spelled("".join(lines)))
             continue
         if cells is None:
             return
@@ -210,6 +210,10 @@ def _table_rows(reader: Any, lines: list[str], path: Path) -> Iterator[Row | Bad
             header = _checked_header(cells, path)
         elif cells:
             yield _cells(header, cells, place)
+
+
+def _not_a_table(fault: csv.Error) -> str:
+    return f"not a table: {fault}. Close the quotes or mend the line."
 
 
 def _checked_header(header: list[str], path: Path) -> list[str]:

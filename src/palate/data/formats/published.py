@@ -119,7 +119,7 @@ def arena(row: Row) -> Iterator[Record]:
     winner = row.text("winner").strip().lower()
     if winner not in _WINNERS and winner not in _TIES:
         known = ", ".join([*_WINNERS, *sorted(_TIES)])
-        raise row.fault("winner", f"expected a side or a tie, got {winner!r}", f"Known: {known}")
+        raise row.fault("winner", f"expected a side or a tie, got {winner[:60]!r}", f"Known: {known}")
     prompt, answers, used = _arena_texts(row)
     more = row.rest("winner", *used)
     yield Ranking(prompt, more, completions=answers, ranks=_WINNERS.get(winner, (0, 0)))
