@@ -161,6 +161,9 @@ def test_an_exception_of_no_single_answer_names_them_all(answered: Answered) -> 
         ([1.0, [1.0]], "1 numbers for the 2 tokens of answer 1"),
         ([1.0, [1.0, None]], "None for answer 1"),
         ([1.0, 1j], "1j for answer 1"),
+        ([1.0, 1e39], r"1e\+39 for answer 1"),
+        ([10**5000, 1.0], "a huge number for answer 0"),
+        ([1.0, [[1.0, 2.0], 1.0]], r"\[1\.0, 2\.0\] for answer 1"),
     ],
 )
 def test_a_wrong_result_is_told_and_placed(answered: Answered, given: Any, fault: str) -> None:
@@ -202,6 +205,17 @@ def test_a_function_is_found_by_module_or_by_file(
 def test_a_function_that_is_not_there_stops_the_run_at_the_door(spelled: str, fault: str) -> None:
     with pytest.raises(PalateError, match=fault):
         build("rewards", {"kind": "function", "function": spelled}, "reward")
+
+
+def test_a_function_or_module_that_exits_is_an_error_and_not_an_exit(answered: Answered, tmp_path: Path) -> None:
+    def leaves(prompts: list[str], completions: list[str]) -> list[float]:
+        raise SystemExit("bye")
+
+    with pytest.raises(PalateError, match="raised SystemExit: bye"):
+        score(leaves, answered(["a"]))
+    (tmp_path / "script.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(PalateError, match="SystemExit"):
+        build("rewards", {"kind": "function", "function": f"{tmp_path}/script.py:f"}, "reward")
 
 
 def test_a_module_that_breaks_on_import_is_told(tmp_path: Path) -> None:
