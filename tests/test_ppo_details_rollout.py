@@ -7,7 +7,7 @@ says the golden numbers; and what a real, tiny cast must do before its first ste
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -58,6 +58,9 @@ class Written:
     def values(self, role: str, batch: Tokens) -> Tensor:
         return self._placed(role, batch)
 
+    def chunked(self, batch: Tokens, rows: int, speak: Callable[[Tokens], Tensor]) -> Tensor:
+        return speak(batch)
+
     def score(self, answers: Answers) -> Verdict:
         return Verdict(self.numbers["scores"], None, {"written": self.numbers["scores"]})
 
@@ -100,7 +103,7 @@ def test_a_tldr_rollout_through_the_library(whiten: bool) -> None:
     given, expected = case["inputs"], case["outputs"]
     truncation = Truncation(token=given["eos_id"], train_on_cut=True)
     shaping = Shaping(missing_eos_penalty=given["penalty"])
-    judging = Judging(Written(scores=given["rm_scores"]), None, shaping, truncation, TOKENIZER)
+    judging = Judging(Written(scores=given["rm_scores"]), None, shaping, truncation, TOKENIZER, World())
     scored, heard = judging.score(rollouts_of(given["responses"]), [PROMPT], {"kl_coef": given["kl_coef"]})
     assert close(scored.score_B, expected["scores_after_penalty"])
     assert heard["rewards/written/mean"] == pytest.approx(sum(given["rm_scores"]) / 5)  # before the penalty
@@ -159,7 +162,7 @@ def test_the_reward_sees_the_cut_answer_and_the_policy_learns_from_all_of_it() -
     for on_cut in (False, True):
         truncation = Truncation(token=given["truncate_token"], after=given["truncate_after"], train_on_cut=on_cut)
         shaping = Shaping(missing_eos_penalty=given["penalty"])
-        judging = Judging(Looking(scores=given["rm_scores"]), None, shaping, truncation, TOKENIZER)
+        judging = Judging(Looking(scores=given["rm_scores"]), None, shaping, truncation, TOKENIZER, World())
         scored, _ = judging.score(rollouts, [PROMPT], {"kl_coef": 0.1})
         shown = seen[-1].rollouts
         kept = torch.tensor(expected["postprocessed"]) != given["pad_id"]

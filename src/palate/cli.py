@@ -130,7 +130,7 @@ def _execute(plan: Callable[[], Any]) -> None:
         planned = plan()
     except PalateError as fault:
         if ranks.rank():
-            sys.exit(fault.exit_code)
+            ranks.end_quietly(fault.exit_code)
         raise
     from palate.closing import close
     from palate.live import Display

@@ -27,11 +27,11 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import yaml
 from pydantic import Field, field_validator
 
-from palate import parallel, settings, tracking
+from palate import parallel, ranks, settings, tracking
 from palate.evidence import Evidence, functions, gather
 from palate.live import Display, duration
 from palate.provenance import Origins, annotated, provenance, read_json, write_json, write_text
-from palate.settings import PalateError, Resumable, Settings, nearest
+from palate.settings import PalateError, Resumable, Settings, Stopped, nearest
 from palate.stage_folder import StageFolder
 from palate.stopping import Stopper
 from palate.workspace import Workspace
@@ -228,7 +228,7 @@ def _one_message(world: parallel.World, folder: Path) -> Generator[None]:
         yield
     except (Exception, KeyboardInterrupt) as fault:  # told apart below; each is raised again, or told by another rank
         if not world.claims():
-            raise SystemExit(getattr(fault, "exit_code", Resumable.exit_code)) from None
+            ranks.end_quietly(fault.exit_code if isinstance(fault, PalateError | Stopped) else Resumable.exit_code)
         if world.lost(fault) and not isinstance(fault, PalateError):
             raise Resumable(
                 f"{folder}: another process of this run is gone, so this one stops too. "
