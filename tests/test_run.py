@@ -257,6 +257,64 @@ def test_a_run_that_could_not_begin_displaces_nothing(lab: Path) -> None:
     assert _run(_count()).stages[0].skipped
 
 
+def test_data_that_changed_under_a_half_done_stage_is_refused_and_nothing_is_lost(lab: Path) -> None:
+    (lab / "data.txt").write_text("four")
+    settings = _count(steps=9, data="data.txt", raise_at=5)
+    with pytest.raises(ValueError, match="asked to raise"):
+        _run(settings)
+    folder = lab / "runs" / "trial" / "1-count"
+    before = {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    (lab / "data.txt").write_text("five!")
+    with pytest.raises(PalateError, match=r"data\.txt: it changed since stage 'count' began, which is half done in"):
+        _run(settings)
+    assert {p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+    (lab / "data.txt").write_text("four")
+    with pytest.raises(ValueError, match="asked to raise"):
+        _run(settings)  # the old file is back: it goes on from step 4, and raises at step 5 again
+    assert [row["step"] for row in _rows(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    (lab / "data.txt").write_text("five!")
+    with pytest.raises(ValueError, match="asked to raise"):
+        _run(settings, changed_data="restart")
+    assert _rows(folder / "metrics.jsonl")[0]["loss"] == pytest.approx(5.1)
+    assert len(list(folder.parent.glob("replaced/1-count-*/checkpoints"))) == 1
+
+
+def test_settings_that_changed_with_the_data_begin_the_stage_again(lab: Path) -> None:
+    (lab / "data.txt").write_text("four")
+    with pytest.raises(ValueError, match="asked to raise"):
+        _run(_count(steps=9, data="data.txt", raise_at=5))
+    (lab / "data.txt").write_text("five!")
+    assert _total(_run(_count(steps=3, data="data.txt")).folder / "1-count") == pytest.approx(5.3)
+
+
+def test_a_full_disk_is_one_message(lab: Path) -> None:
+    (lab / "full_lab.py").write_text(FULL)
+    with pytest.raises(PalateError, match=r"runs/full: the disk is full\. What was saved before is whole\. Make room"):
+        execute(plan({"name": "full", "stages": [{"kind": "full_lab:Full"}]}), _display())
+
+
+FULL = '''
+from palate.settings import Choice
+
+
+class Full(Choice):
+    """Writes where there is no room."""
+
+    name: str = "full"
+    """Its name."""
+
+    def references(self):
+        return []
+
+    def files(self):
+        return []
+
+    def run(self, here):
+        with open("/dev/full", "w") as file:
+            file.write("x" * 100_000)
+'''
+
+
 HOLDER = """
     import sys, time
     from pathlib import Path

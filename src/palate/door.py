@@ -7,13 +7,14 @@ file could not ask for.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from palate import randomness
+from palate import randomness, ranks
 from palate.data.encode import Encoding, encode_prompts
 from palate.engines.engine import Sampling
 from palate.engines.local import LocalEngine
@@ -129,7 +130,7 @@ def _run(shape: OneStage, asked: Mapping[str, Any], data: Mapping[str, Rows]) ->
     files = {key: _file(rows, home / name / f"{key}.jsonl") for key, rows in data.items()}
     given = shape.given({**asked, **files, "name": name})
     planned = plan(given, source="python")
-    execute(planned, Display(), ["python", f"palate.{shape.name}"])
+    execute(planned, Display(quiet=ranks.rank() > 0), ["python", f"palate.{shape.name}"])
     return _trained(planned)
 
 
@@ -158,7 +159,9 @@ def _file(rows: Rows, path: Path) -> Any:
     if not lines:
         raise PalateError(f"{path.stem}: the list is empty. Give at least one row.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(lines), encoding="utf-8")
+    fresh = path.with_name(f".{path.name}.{ranks.rank()}")  # every rank writes the same rows
+    fresh.write_text("".join(lines), encoding="utf-8")
+    os.replace(fresh, path)
     return str(path)
 
 
