@@ -21,7 +21,8 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -66,11 +67,12 @@ class CheckpointStore:
         _refuse_other_keys(state, "state")
         staged = self.folder / f"{_STAGED}{step:08d}"
         try:
-            self._sweep()
-            staged.mkdir(parents=True)
-            _write(staged, step, tensors, state)
-            final = self._put_in_place(staged, step)
-        except (OSError, SafetensorError) as fault:
+            with system_faults(self.folder):
+                self._sweep()
+                staged.mkdir(parents=True)
+                _write(staged, step, tensors, state)
+                final = self._put_in_place(staged, step)
+        except OSError as fault:
             shutil.rmtree(staged, ignore_errors=True)
             raise PalateError(self._why_not_saved(step, fault)) from fault
         self._forget_the_future(step)
@@ -99,6 +101,10 @@ class CheckpointStore:
         """Remove all but the `keep` newest checkpoints; the newest always stays."""
         for folder in self._folders()[max(keep, 1) :]:
             self._remove(folder)
+
+    def forget(self, step: int) -> None:
+        """Remove the checkpoint of `step` and all later ones: what they say is not to be gone on from."""
+        self._forget_the_future(step - 1)
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint folder, newest first, not yet verified."""
@@ -145,16 +151,30 @@ class CheckpointStore:
         except OSError as fault:
             self._warn(f"the old checkpoint {folder} could not be removed: {fault}. Remove it to save room.")
 
-    def _why_not_saved(self, step: int, fault: Exception) -> str:
+    def _why_not_saved(self, step: int, fault: OSError) -> str:
         kept = self.steps()
         safe = f"The checkpoint of step {kept[0]} is untouched." if kept else "There is no earlier checkpoint."
-        full = isinstance(fault, OSError) and fault.errno in (errno.ENOSPC, errno.EDQUOT)
-        full = full or any(said in str(fault) for said in ("No space left", "Disk quota"))  # safetensors' own words
-        what = "the disk is full" if full else str(fault)
+        what = "the disk is full" if fault.errno in (errno.ENOSPC, errno.EDQUOT) else str(fault)
         return (
             f"{self.folder}: the checkpoint of step {step} could not be written: {what}. {safe} "
             "Make room and run the same command again."
         )
+
+
+@contextmanager
+def system_faults(place: Path) -> Generator[None]:
+    """What the system refused while `place` was written, as OSError: safetensors and tokenizers, which are not written
+    in Python, spell it inside exceptions of their own.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as fault:  # tokenizers raises the bare class
+        code = re.search(r"os error (\d+)", str(fault))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(place)) from fault
 
 
 def _delete(path: Path) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from palate.checkpoint import sync_file, sync_folder
+from palate.checkpoint import sync_file, sync_folder, system_faults
 from palate.models import peft_format
 from palate.models.heads import ScalarHead
 from palate.models.load import HEAD_NOTE, HEAD_WEIGHTS, quiet
@@ -62,7 +62,8 @@ def save(
     """
     state = bare_state(trunk.model, adapter)
     adapted = peft_format.adapter_tensors(trunk.model, adapter) if adapter is not None else {}
-    (world or World()).first(lambda: _write(folder, trunk, tokenizer, card, head, state, (adapter, adapted)))
+    with system_faults(folder):
+        (world or World()).first(lambda: _write(folder, trunk, tokenizer, card, head, state, (adapter, adapted)))
 
 
 def _write(
