@@ -13,13 +13,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from palate.batches import Tokens
 from palate.settings import PalateError
 
-_ODD = 0x9E3779B97F4A7C15 - (1 << 64)
-_COLUMNS = 4096
-_WHOLE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ROW, _PART = 4096, 1 << 18
+"""Words that are weighed at once, and that are held as float64 at once."""
 
 CLOSE: Mapping[torch.dtype, tuple[float, float]] = {
     torch.float64: (5e-5, 1e-3),
@@ -69,16 +69,28 @@ def fingerprints(weights: Mapping[str, Tensor]) -> dict[str, int]:
 
 @torch.no_grad()
 def _of(tensor: Tensor) -> int:
-    """Of the bits as whole numbers, laid out in rows: Σ over columns and Σ over rows, each weighed by its place.
+    """What the bits weigh as 16-bit words: first words of all elements, second words of all elements, side by side.
 
-    Modulo 2⁶⁴, in which sums are the same on every device and in every order.
+    Each sum is Σ word · (2 · place + 1) modulo 2⁶⁴. The factor is odd, so a changed bit shows. Two places differ by an
+    even number below 2⁴⁸ and two words by less than 2¹⁶, and the product is not 0 modulo 2⁶⁴, so a swap shows.
     """
     flat = tensor.detach().contiguous().reshape(-1)
-    bits = flat.view(_WHOLE[flat.element_size()]) if flat.dtype != torch.bool else flat.to(torch.int8)
-    rows = bits[: bits.numel() // _COLUMNS * _COLUMNS].view(-1, _COLUMNS)
-    sums = (rows.sum(0, dtype=torch.int64), rows.sum(1, dtype=torch.int64), bits[rows.numel() :].long())
+    size = flat.element_size()
+    words = flat.view(torch.int8 if size == 1 else torch.int16).view(-1, max(size // 2, 1))
     total = 0
-    for number, x in enumerate(sums):
-        place = torch.arange(x.numel(), device=x.device)
-        total += int((x * ((2 * place + 1) * _ODD)).sum()) * (2 * number + 1)
-    return total % (1 << 64)
+    for plane in words.unbind(1):
+        total = (total << 64) + _weight(plane)
+    return total
+
+
+def _weight(words: Tensor) -> int:
+    """Σ word · (2 · place + 1) modulo 2⁶⁴, row by row in float64, in which sums below 2⁵³ are exact in any order."""
+    place = torch.arange(_ROW, dtype=torch.float64, device=words.device)
+    scale = torch.stack([2 * place + 1, torch.ones_like(place)], 1)
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for number, part in enumerate(words.split(_PART)):
+        rows = functional.pad(part.double(), (0, -part.numel() % _ROW)).view(-1, _ROW)
+        weighed, plain = (rows @ scale).long().unbind(1)
+        begin = torch.arange(len(rows), device=words.device) * _ROW + number * _PART
+        total += (weighed + 2 * begin * plain).sum()
+    return int(total) % (1 << 64)
