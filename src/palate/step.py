@@ -52,13 +52,21 @@ class Optimiser(Settings):
 class Stepper:
     """The trained parameters, by name, with their optimiser."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: Optimiser, world: World) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        settings: Optimiser,
+        world: World,
+        tell: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """`tell` hears when memory ran out and the batch was cut finer."""
         if not parameters:
             raise PalateError("nothing to train: no parameter of the trained roles takes a gradient.")
         self.names = list(parameters)
         self.parameters = [parameters[name] for name in self.names]
         self.settings = settings
         self.world = world
+        self.tell = tell
         self.adam = optim.Adam(
             self.parameters,
             lr=settings.learning_rate,
@@ -108,14 +116,19 @@ class Stepper:
 
     def _gradient(self, batch: R, loss: LossFunction[R], microbatch: int) -> tuple[dict[str, float], dict[str, float]]:
         """Gradients in place, summed over ranks; returns the averaged metrics and the terms of the loss."""
-        rows = min(microbatch, self.most_rows or microbatch)
+        rows, held = min(microbatch, self.most_rows or microbatch), self.most_rows
         while True:
+            self.forget()
             seen = _Averages()
             short = self._accumulate(batch, loss, rows, seen)
             if not self.world.any(short):
                 break
-            self.forget()
             rows = self._halved(self.world.rows_each(batch.size, rows))
+        if self.most_rows != held:
+            self.tell(
+                f"memory ran out with a micro-batch of {microbatch} rows. From now on it has {rows}; the gradient is "
+                f"the same. Set microbatch_size: {rows} to begin with that."
+            )
         self.world.sum_gradients(self.parameters)
         return self.world.sum_means(seen.means), self.world.sum(seen.terms)
 

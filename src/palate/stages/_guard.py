@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
@@ -26,6 +27,25 @@ class Diverged(NotFinite):
     """More steps in a row than patience allows had to be skipped."""
 
 
+class Spoilt(NotFinite):
+    """Numbers that are not finite, and the batch they were met in."""
+
+    def __init__(self, text: str, batch: Rows) -> None:
+        super().__init__(text)
+        self.batch = batch
+
+
+@contextmanager
+def about(batch: Rows) -> Generator[None]:
+    """Numbers within that are not finite were met in this batch."""
+    try:
+        yield
+    except Spoilt:
+        raise
+    except NotFinite as fault:
+        raise Spoilt(str(fault), batch) from fault
+
+
 class Guard:
     """Takes the steps of one stage, or skips them. `rate` is what learning rates are multiplied by."""
 
@@ -33,12 +53,13 @@ class Guard:
         before = cast("dict[str, float]", state.get("guard", {}))
         self.here = here
         self.rate = min(rate, before.get("rate", 1.0))
+        self.taken = int(before.get("taken", 0))
         self.skipped = int(before.get("skipped", 0))
         self.in_a_row = int(before.get("in_a_row", 0))
 
     def state(self) -> dict[str, float]:
         """What a checkpoint keeps of it."""
-        return {"rate": self.rate, "skipped": self.skipped, "in_a_row": self.in_a_row}
+        return {"rate": self.rate, "taken": self.taken, "skipped": self.skipped, "in_a_row": self.in_a_row}
 
     def step(self, number: int, batch: Rows, take: Callable[[], dict[str, float]]) -> dict[str, float] | None:
         """The metrics of one step, or None when it had to be skipped."""
@@ -47,11 +68,13 @@ class Guard:
         except NotFinite as fault:
             self.skip(number, fault, batch)
             return None
+        self.taken += 1
         self.in_a_row = 0
         return seen
 
-    def skip(self, number: int, fault: NotFinite, batch: Rows | None) -> None:
+    def skip(self, number: int, fault: NotFinite, batch: Rows | None = None) -> None:
         """Put the batch aside, count, tell. Raises Diverged when patience is over."""
+        batch = fault.batch if isinstance(fault, Spoilt) else batch
         self.skipped += 1
         self.in_a_row += 1
         kept = self.here.world.first(
@@ -71,6 +94,7 @@ class Loop(Protocol):
     """What can be begun again from its newest checkpoint."""
 
     guard: Guard
+    done: int
 
     def go(self) -> None:
         """To the end of the stage."""
@@ -93,14 +117,26 @@ def survive(here: Workspace, begin: Callable[[float], L]) -> L:
     except Diverged as fault:
         if loop.guard.rate < 1.0:
             raise
-        told = str(fault)
+        told, taken = str(fault), loop.guard.taken
     del loop
     gc.collect()
-    here.resume(0)
+    here.world.first(lambda: _forget(here, taken))
     loop = begin(0.5)
+    if loop.done == 0:  # there was no checkpoint, so nobody has taken the logs back yet
+        here.resume(0)
     here.warn(f"{told} Going back to the last good checkpoint, once, with half the learning rate.")
     loop.go()
     return loop
+
+
+def _forget(here: Workspace, taken: int) -> None:
+    """Remove the checkpoints with no step between them and now: their weights are those that have just failed."""
+    for number in here.store.steps():
+        found = here.store.newest(number)
+        if found is not None:
+            if found[2].get("guard", {}).get("taken") != taken:
+                return
+            here.store.forget(number)
 
 
 def put_aside(folder: Path, number: int, count: int, batch: Rows | None, fault: Exception) -> Path | None:

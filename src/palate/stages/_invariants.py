@@ -12,11 +12,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from palate.batches import Rollouts
+from palate.batches import Experience, Rollouts
 from palate.cast import Cast
 from palate.engines.publication import CLOSE, Publication, fingerprints
 from palate.models.lora import bare_state
-from palate.settings import PalateError
+from palate.settings import NotFinite, PalateError
+from palate.stages._guard import Spoilt
 
 _ROWS = 8
 """Answers that are read again by the trainer; a disagreement is in every answer or it is none."""
@@ -30,11 +31,14 @@ def publication(cast: Cast, canary: Rollouts, version: int) -> Publication:
     """The policy as it is now, for an engine, with what the trainer says of the canary text."""
     trunk, adapter = cast.seat("policy").trunk, cast.seat("policy").adapter
     weights = bare_state(trunk.model, adapter)
+    said_BT = cast.logp("policy", canary, canary.temperature)
+    if not bool(said_BT.isfinite().all()):
+        raise NotFinite("the policy gives plain text log-probabilities that are not finite: its weights have diverged.")
     return Publication(
         version=version,
         fingerprints=fingerprints(weights),
         canary=canary,
-        canary_logp_BT=cast.logp("policy", canary, canary.temperature),
+        canary_logp_BT=said_BT,
         dtype=trunk.dtype,
         weights=lambda: weights,
     )
@@ -52,6 +56,20 @@ def canary(prompt: list[int], temperature: float, device: torch.device) -> Rollo
     return Rollouts(tokens_BT, real_BT, action_BT, nothing, done_B, done_B.long() * 0, 0, temperature)
 
 
+def require_finite(learnt: Experience) -> None:
+    """Raise NotFinite, with the batch, where what `prepare` made of a rollout is nan or infinite: once for all of it.
+
+    Cells off the masks are read by nobody and may hold anything.
+    """
+    asked = {"logp": learnt.action_BT, "advantage": learnt.action_BT}
+    asked |= {"value": learnt.value_mask_BT, "returns": learnt.value_mask_BT}
+    for name, mask_BT in asked.items():
+        said_N = getattr(learnt, f"{name}_BT")[mask_BT]
+        broken = int((~said_N.isfinite()).sum())
+        if broken:
+            raise Spoilt(f"{name}: {broken} of {said_N.numel()} numbers are not finite; no step was taken.", learnt)
+
+
 @torch.no_grad()
 def require_agreement(cast: Cast, rollouts: Rollouts, version: int) -> dict[str, float]:
     """Sampler's and trainer's log-probabilities of the same tokens, compared; how far they lie apart, as metrics.
@@ -65,20 +83,18 @@ def require_agreement(cast: Cast, rollouts: Rollouts, version: int) -> dict[str,
             "Training on them would be off-policy. Look at what the engine does with a publication."
         )
     rows = rollouts.select(torch.arange(min(_ROWS, rollouts.size))).trimmed()
-    said_N = rows.logp_BT[rows.action_BT]
-    gap_N = cast.logp("policy", rows, rows.temperature)[rows.action_BT] - said_N
+    gap_N = (cast.logp("policy", rows, rows.temperature) - rows.logp_BT)[rows.action_BT].abs()
+    if not bool(gap_N.isfinite().all()):
+        raise NotFinite("rollouts: the log-probability of a token that was drawn is not a finite number.")
     mean, largest = CLOSE[cast.seat("policy").trunk.dtype]
-    found = {
-        "sampling/sampling_logp_difference/mean": float(gap_N.abs().mean()),
-        "sampling/sampling_logp_difference/max": float(gap_N.abs().max()),
-    }
-    if not (found["sampling/sampling_logp_difference/mean"] <= mean and float(gap_N.abs().max()) <= largest):
+    there, most = float(gap_N.mean()), float(gap_N.max())
+    if there > mean or most > largest:
         raise PalateError(
-            f"rollouts: sampler and trainer give the same tokens log-probabilities that differ by "
-            f"{float(gap_N.abs().mean()):.2g} on average and {float(gap_N.abs().max()):.2g} at most "
-            f"({mean:g} and {largest:g} would be rounding). Likely cause: {likely_cause(cast, rows, mean)}"
+            f"rollouts: sampler and trainer give the same tokens log-probabilities that differ by {there:.2g} on "
+            f"average and {most:.2g} at most ({mean:g} and {largest:g} would be rounding). "
+            f"Likely cause: {likely_cause(cast, rows, mean)}"
         )
-    return found
+    return {"sampling/sampling_logp_difference/mean": there, "sampling/sampling_logp_difference/max": most}
 
 
 def require_first_minibatch(seen: Mapping[str, float], dtype: torch.dtype, number: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -31,7 +30,7 @@ class Lesson:
     seconds: float
     position: int = 0
     taken: int = 0
-    first: float = math.nan
+    first: float = 0.0
     totals: dict[str, float] = field(default_factory=dict[str, float])
 
     def add(self, seen: Mapping[str, float] | None) -> None:
@@ -48,7 +47,7 @@ class Lesson:
     def metrics(self) -> dict[str, float]:
         """What was seen before the steps, and the means over the steps that were taken."""
         means = {name: total / self.taken for name, total in self.totals.items()}
-        return {**self.seen, **means, "first_minibatch/ratio_error": self.first}
+        return {**self.seen, **means, **({"first_minibatch/ratio_error": self.first} if self.taken else {})}
 
     def tensors(self) -> dict[str, Tensor]:
         """The experience's tensors, for a checkpoint."""

@@ -134,7 +134,8 @@ class _Loop:
         lengths = [len(p.tokens) for p in self.prompts]
         self.order = Order(lengths, per_rollout, False, (here.seed, stage.name))
         self.canary = _invariants.canary(self.prompts[0].tokens, stage.sampling.temperature, self.cast.device)
-        self.stepper = step.Stepper(self.cast.parameters(self.algorithm.trains), stage.optimiser, here.world)
+        trained = self.cast.parameters(self.algorithm.trains)
+        self.stepper = step.Stepper(trained, stage.optimiser, here.world, here.warn)
         self._resume(rate)
 
     def _resume(self, rate: float) -> None:
@@ -163,8 +164,9 @@ class _Loop:
         try:
             self.lesson = self.lesson or self._collect(number)
         except NotFinite as fault:
-            self.guard.skip(number, fault, None)
-            return self._close(number, {})
+            with self.here.stopper.held():
+                self.guard.skip(number, fault)
+                return self._close(number, {})
         self._learn(self.lesson)
         return self._close(number, self.lesson.metrics())
 
@@ -174,10 +176,12 @@ class _Loop:
         self.engine.publish(_invariants.publication(self.cast, self.canary, number - 1))
         prompts = [self.prompts[i] for i in self.order.batch(number - 1)]
         rollouts = self._rollouts(prompts, number)
-        agreed = _invariants.require_agreement(self.cast, rollouts, number - 1)
-        scored, heard = self.judging.score(rollouts, prompts, self.memory)
-        with torch.no_grad():
-            experience = self.algorithm.prepare(self.cast, scored)
+        with _guard.about(rollouts):
+            agreed = _invariants.require_agreement(self.cast, rollouts, number - 1)
+            scored, heard = self.judging.score(rollouts, prompts, self.memory)
+            with torch.no_grad():
+                experience = self.algorithm.prepare(self.cast, scored)
+        _invariants.require_finite(experience)
         if number == 1:
             length = float(rollouts.length_B.float().mean())
             _invariants.require_no_kl_yet(experience.metrics, length, self.loaded.trunk.dtype)
@@ -207,7 +211,7 @@ class _Loop:
             for minibatch in islice(minibatches, lesson.position % parts, None):
                 with self.here.stopper.held():
                     seen = self.guard.step(number, minibatch, lambda batch=minibatch: self._step(batch, rate))
-                    if seen is not None and lesson.position == 0:
+                    if seen is not None and lesson.taken == 0:
                         _invariants.require_first_minibatch(seen, self.loaded.trunk.dtype, number)
                     lesson.add(seen)
         lesson.seconds += time.perf_counter() - started
@@ -241,9 +245,9 @@ class _Loop:
         return found
 
     def _save(self) -> None:
-        """A checkpoint of this very moment, unless the newest one is."""
+        """A checkpoint of this very moment, unless the newest one is, or steps are just being skipped."""
         place = (self.done, self.lesson.position if self.lesson else 0)
-        if place == self.saved or place == (0, 0):
+        if place == self.saved or place == (0, 0) or self.guard.in_a_row:
             return
         state = {"memory": self.memory, "metrics": self.last, "guard": self.guard.state()}
         pending = {"pending": self.lesson.state()} if self.lesson else {}

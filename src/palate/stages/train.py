@@ -108,7 +108,8 @@ class _Training:
         lengths = [_rows.length(row) for row in self.rows]
         self.order = Order(lengths, stage.batch_size, stage.group_by_length, (here.seed, stage.name))
         self.steps = stage.max_steps or self.order.per_epoch * stage.num_train_epochs
-        self.stepper = step.Stepper(self.cast.parameters(self.algorithm.trains), stage.optimiser, here.world)
+        trained = self.cast.parameters(self.algorithm.trains)
+        self.stepper = step.Stepper(trained, stage.optimiser, here.world, here.warn)
         start = stage.model if isinstance(stage.model, str) else None
         self.scale = Scale(self.cast, self.loaded, start, train, stage.encoding, stage.loading, here)
         self._resume(rate)
@@ -164,8 +165,8 @@ class _Training:
         return seen
 
     def _save(self) -> None:
-        """A checkpoint of this very moment, unless the newest one is."""
-        if self.done == self.saved:
+        """A checkpoint of this very moment, unless the newest one is, or steps are just being skipped."""
+        if self.done == self.saved or self.guard.in_a_row:
             return
         state = {"metrics": self.last, "tokens": self.tokens, "guard": self.guard.state()}
         _state.save(self.here, self.done, self.cast, self.algorithm.trains, self.stepper, {}, **state)
