@@ -50,10 +50,17 @@ class Poisoned(sft.Algorithm):
     furthest: float = 1e9
     """How far the last norm's weights may move from 1 before the loss becomes infinite."""
 
-    def loss(self, cast: Cast, batch: Examples) -> Loss:
-        said = super().loss(cast, batch)
-        if bool(has(batch, self.cue).any()):
+    appetite: int = 0
+    """Megabytes that the loss asks for beside its own, for each row."""
+
+    def prepare(self, cast: Cast, raw: Examples) -> Examples:
+        if bool(has(raw, self.cue).any()):
             ring(self.bell)
+        return raw
+
+    def loss(self, cast: Cast, batch: Examples) -> Loss:
+        torch.ones(batch.size, self.appetite << 18)
+        said = super().loss(cast, batch)
         norm = cast.seat("policy").trunk.model.get_submodule("model.norm").weight
         moved = float((torch.as_tensor(norm).detach() - 1.0).abs().mean())
         return spoilt(said) if moved > self.furthest or bool(has(batch, self.poison).any()) else said
