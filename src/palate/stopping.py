@@ -42,23 +42,26 @@ class Stopper:
 
     @contextmanager
     def held(self) -> Generator[None]:
-        """A block that is gone through to its end. Raises Stopped behind it when a stop was asked for."""
-        self._held = True
+        """A block that is gone through to its end. Raises Stopped behind it when a stop was asked for.
+
+        Inside another held block nothing is raised: the end of that one is the place to stop at.
+        """
+        outer, self._held = self._held, True
         try:
             yield
         finally:
-            self._held = False
-        if self.world.any(self._asked_at is not None):
+            self._held = outer
+        if not outer and self.world.any(self._asked_at is not None):
             raise Stopped
 
     @contextmanager
     def spared(self) -> Generator[None]:
         """A block that is gone through to its end and raises nothing behind it: the last save of a stopping run."""
-        self._held = True
+        outer, self._held = self._held, True
         try:
             yield
         finally:
-            self._held = False
+            self._held = outer
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
