@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from palate.batches import Experience, Rollouts
 from palate.cast import Cast
@@ -23,7 +24,7 @@ _ROWS = 8
 """Answers that are read again by the trainer; a disagreement is in every answer or it is none."""
 _CANARY = 24
 """Tokens of the canary text."""
-_TEMPERATURES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.25, 1.3, 1.4, 1.5, 1.75, 2.0)
+_TEMPERATURES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.75, 2.0)
 
 
 @torch.no_grad()
@@ -123,19 +124,62 @@ def require_no_kl_yet(metrics: Mapping[str, float], tokens: float, dtype: torch.
 def likely_cause(cast: Cast, rows: Rollouts, mean: float) -> str:
     """Which of the known causes explains a disagreement, found by trying each."""
     ours_BT = cast.logp("policy", rows, rows.temperature)
-    again_BT = cast.logp("policy", rows, rows.temperature)
-    if not bool((ours_BT == again_BT).all()):
+    if not bool((ours_BT == cast.logp("policy", rows, rows.temperature)).all()):
         return "dropout, or another source of chance, is active: two passes over the same tokens differ."
-    gaps = {t: _gap(cast.logp("policy", rows, t), rows) for t in _TEMPERATURES}
-    best = min(gaps, key=lambda t: gaps[t])
-    if best != rows.temperature and gaps[best] < 10 * mean:
-        return f"temperature: the sampler drew at {best:g}, the trainer reads at {rows.temperature:g}."
+    best = _best_temperature(cast, rows)
+    if abs(best / rows.temperature - 1) > 1e-3 and _gap(cast.logp("policy", rows, best), rows) < 10 * mean:
+        return f"temperature: the sampler drew at {best:.3g}, the trainer reads at {rows.temperature:.3g}."
+    if "reference" in cast.roles and _gap(cast.logp("reference", rows, rows.temperature), rows) < 10 * mean:
+        if cast.seat("policy").adapter is not None:
+            return "the adapter is left off: the sampler speaks as the bare model does."
+        return "stale weights: the sampler still speaks as the policy's start does. It took no publication."
+    if begin := _begin_token(cast, rows, mean):
+        return f"template or begin token: the sampler {begin}."
     difference_N = (rows.logp_BT - ours_BT)[rows.action_BT]
     if bool((difference_N >= -mean).all()) and float(difference_N.std()) < 0.5 * float(difference_N.mean()):
         return "a truncated distribution: the sampler left tokens out (top-k, top-p, suppressed ends)."
     if _at_the_start(rows, ours_BT, mean):
         return "template or begin token: the first answer tokens disagree most, as after another prompt."
-    return "stale weights: the sampler speaks with another version of the policy, or lacks its adapter."
+    return "stale weights (the sampler speaks with another version of the policy), or dropout in the sampler."
+
+
+def _best_temperature(cast: Cast, rows: Rollouts) -> float:
+    """The temperature at which the trainer comes closest to the sampler: a coarse search, then a finer one."""
+
+    def gap(temperature: float) -> float:
+        return _gap(cast.logp("policy", rows, temperature), rows)
+
+    best = min(_TEMPERATURES, key=gap)
+    for width in (0.1, 0.02, 0.004, 0.0008):
+        best = min((best * (1 + width * step / 5) for step in range(-5, 6)), key=gap)
+    return best
+
+
+def _begin_token(cast: Cast, rows: Rollouts, mean: float) -> str:
+    """What the sampler did with the first token, where that alone explains the disagreement; else nothing."""
+    config = cast.seat("policy").trunk.model.config
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token = getattr(config, name, None)
+        if isinstance(token, int):
+            longer = _shifted(rows, token)
+            if _gap(cast.logp("policy", longer, rows.temperature), longer) < 10 * mean:
+                return f"reads one more token, {token}, before each prompt"
+    shorter = _shifted(rows, None)
+    if (
+        bool(shorter.action_BT.any(-1).all())
+        and _gap(cast.logp("policy", shorter, rows.temperature), shorter) < 10 * mean
+    ):
+        return "does not read the first token of each prompt"
+    return ""
+
+
+def _shifted(rows: Rollouts, token: int | None) -> Rollouts:
+    """The same answers after a prompt that begins with one more token, or (None) without its first."""
+    wide = ("tokens_BT", "real_BT", "action_BT", "logp_BT")
+    if token is None:
+        return replace(rows, **{name: getattr(rows, name)[:, 1:] for name in wide})
+    first = {"tokens_BT": token, "real_BT": True, "action_BT": False, "logp_BT": 0.0}
+    return replace(rows, **{name: functional.pad(getattr(rows, name), (1, 0), value=first[name]) for name in wide})
 
 
 def _gap(logp_BT: Tensor, rows: Rollouts) -> float:
