@@ -1,4 +1,4 @@
-"""The one optimiser step: it divides once, moves weights only by finite numbers, and cuts finer when memory runs out."""
+"""The one optimiser step: it moves weights by finite numbers only, and cuts finer when memory runs out."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def points(rows: int = 12, spoil: tuple[int, float] | None = None) -> Points:
 
 
 class Line:
-    """A linear model under a stepper, and its loss; `before` is called with each micro-batch, `after` with its error."""
+    """A linear model under a stepper; `before` is called with each micro-batch, `after` with its error."""
 
     def __init__(self, **settings: Any) -> None:
         self.weight = nn.Parameter(torch.arange(5.0) / 5)
@@ -98,7 +98,7 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_moves_nothing() -> No
     def root(part: Points) -> Loss:
         return Loss({"root": Term((line.weight[0] * part.x_BD[:, 0]).abs().sqrt().sum(), "rows")}, {})
 
-    with pytest.raises(NotFinite, match="^gradient norm: not a finite number"):
+    with pytest.raises(NotFinite, match=r"^gradient norm: not a finite number"):
         line.stepper.step(points(), root, 4, 1e-2)
     assert same(line.everything(), before)
 
