@@ -209,7 +209,7 @@ def _write(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mappin
     # The digests stand here too: a manifest that was made to fit other tensors does not fit this file.
     digests = {f.name: sha256(f) for f in sorted(folder.iterdir())}
     body = {"step": step, "tensors": digests, "shared": shared, "state": state}
-    (folder / "state.json").write_text(json.dumps(body, ensure_ascii=False), encoding="utf-8")
+    (folder / "state.json").write_text(json.dumps(body), encoding="utf-8")  # ASCII: half a character has no UTF-8
     digests["state.json"] = sha256(folder / "state.json")
     files = {name: {"bytes": (folder / name).stat().st_size, "sha256": digests[name]} for name in sorted(digests)}
     for name in files:
