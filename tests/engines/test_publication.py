@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from palate.models.make import Architecture, Make, make
 from palate.models.trunk import Trunk
 from palate.settings import NotFinite, PalateError
 from palate.stages import _invariants
+from tests.stages import tiny_runs
 
 FORMATS = [
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn),
@@ -286,3 +288,78 @@ def test_a_policy_that_has_diverged_is_no_fault_of_the_engine() -> None:
         cast.seat("policy").trunk.model.get_submodule("model.norm").weight.fill_(float("inf"))  # pyright: ignore[reportCallIssue]
     with pytest.raises(NotFinite, match="weights have diverged"):
         published(cast)
+
+
+# --- in a real stage --------------------------------------------------------------------------------------------------
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "separate": {"kind": "separate"},
+    "shared": {"kind": "shared"},
+    "hydra": {"kind": "hydra", "unfrozen_blocks": 1},
+    "adapters": {"kind": "adapters", "lora_rank": 4},
+}
+
+
+def stage(folder: Path, **changes: Any) -> dict[str, Any]:
+    model = folder / "model"
+    if not model.exists():
+        tiny_runs.save_model(model)
+    prompts = tiny_runs.write_prompts(folder / "prompts.jsonl")
+    return tiny_runs.ppo(model, str(prompts), save_steps=100, **changes)
+
+
+def with_own_weights(folder: Path, given: dict[str, Any]) -> tuple[Any, OwnWeights]:
+    """The loop of a real stage whose engine holds a copy of the policy."""
+    loop = tiny_runs.online_loop(folder, given)
+    speaker = OwnWeights(loop.cast, loop.loaded.tokenizer, loop.stage.sampling)
+    loop.engine = speaker  # pyright: ignore[reportAttributeAccessIssue]
+    return loop, speaker
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_stage_with_an_engine_of_its_own_weights_is_the_same_run(layout: str, tmp_path: Path) -> None:
+    """Six rollouts, six publications: bit for bit, but for an adapter that is folded in there and added here."""
+    given = stage(tmp_path, layout=LAYOUTS[layout])
+    local = tiny_runs.online_loop(tmp_path / "local", given)
+    other, _ = with_own_weights(tmp_path / "other", given)
+    local.go()
+    other.go()
+    ours, theirs = (tiny_runs.timeless(tiny_runs.lines(tmp_path / n / "metrics.jsonl")) for n in ("local", "other"))
+    assert len(ours) == 6
+    state, twin = (loop.cast.state(["policy", "value"]) for loop in (local, other))
+    if layout != "adapters":
+        assert tiny_runs.equal(state, twin)
+        assert ours == theirs
+    for one, two in zip(ours, theirs, strict=True):
+        assert one["objective/scores"] == pytest.approx(two["objective/scores"], abs=1e-6), "the same answers"
+    assert all(torch.allclose(state[name], twin[name], atol=1e-4) for name in state)
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_a_sync_that_breaks_later_stops_the_stage_there(name: str, tmp_path: Path) -> None:
+    """The first two publications arrive, the third does not: nothing is learnt from a third rollout."""
+    layout, take, message = PARTIAL[name]
+    loop, speaker = with_own_weights(tmp_path / "stage", stage(tmp_path, layout=LAYOUTS[layout]))
+    loop.stage = loop.stage.model_copy(update={"total_episodes": 16})
+    loop.go()
+    loop.stage = loop.stage.model_copy(update={"total_episodes": 48})
+    speaker.take = take
+    with pytest.raises(PalateError, match=rf"own engine: .*{message.replace('version 3', 'version 2')}"):
+        loop.go()
+    assert loop.done == 2
+    assert len(tiny_runs.lines(tmp_path / "stage" / "metrics.jsonl")) == 2
+
+
+def test_a_stale_cache_stops_the_stage(tmp_path: Path) -> None:
+    """Publications arrive, and what computes is the copy packed at the first of them."""
+    loop, speaker = with_own_weights(tmp_path / "stage", stage(tmp_path))
+    packed: dict[str, Tensor] = {}
+
+    def pack_once(trunk: Trunk) -> None:
+        packed.update(packed or {name: x.clone() for name, x in trunk.model.state_dict().items()})
+        trunk.model.load_state_dict(packed)
+
+    speaker.repack = pack_once
+    with pytest.raises(PalateError, match=r"own engine: every weight of version 1 arrived, but the canary"):
+        loop.go()
+    assert loop.done == 1
