@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from click.testing import CliRunner
 
+from palate.cli import main
 from palate.live import Display
 from palate.models.make import Make, make
 from palate.models.save import Card, save
@@ -62,6 +65,10 @@ def broken(prompts: list[str], completions: list[str]) -> list[float]:
     raise KeyError("colour")
 
 
+def undecided(prompts: list[str], completions: list[str]) -> list[float]:
+    return [float("nan")] * len(completions)
+
+
 CASES: dict[str, tuple[Any, str]] = {
     "misspelt algorithm setting": (
         lambda m, d: sft(m, str(d), algorithm={"kind": "sft", "averge": "token"}),
@@ -100,6 +107,18 @@ CASES: dict[str, tuple[Any, str]] = {
     "reward function that raises": (
         lambda m, d: ppo(m, str(d), {"kind": "function", "function": broken}),
         r"(?s)broken.*KeyError.*colour",
+    ),
+    "reward function that says nan": (
+        lambda m, d: ppo(m, str(d), {"kind": "function", "function": undecided}),
+        r"undecided: nan for answer 0 .*not a finite number\. Return a number",
+    ),
+    "a GPU that is not there": (
+        lambda m, d: sft(m, str(d), loading={"device": "cuda:99"}),
+        r"stages\.0\.loading\.device: .*cuda:99",
+    ),
+    "a device that is none": (
+        lambda m, d: ppo(m, str(d), SHORT, loading={"device": "gpu"}),
+        r"stages\.0\.loading\.device: no device is called 'gpu'\. Write auto, cpu, cuda or cuda:N",
     ),
     "reward stage missing": (
         lambda m, d: ppo(m, str(d), "stage:reward"),
@@ -162,6 +181,84 @@ def test_bad_rows_are_skipped_told_and_written_aside(model: Path, demonstrations
     assert f"2 of 10 rows of {path} were skipped, the first: {path}:9: not JSON" in said[0]
     assert said[0].endswith(f"they are in {folder / 'skipped_rows.jsonl'}")
     assert len([text for text in said if "skipped" in text]) == 2, "once a start"
+
+
+REWARDS = """
+def raises(prompts, completions):
+    raise KeyError("colour")
+
+def too_few(prompts, completions):
+    return [1.0]
+
+def undecided(prompts, completions):
+    return [float("nan")] * len(completions)
+"""
+
+
+@pytest.fixture
+def here(model: Path, demonstrations: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with everything that can be wrong."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model, tmp_path / "model")
+    shutil.copytree(model, tmp_path / "endless")
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    (tmp_path / "endless" / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": None}))
+    shutil.copytree(model, tmp_path / "hollow", ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(tmp_path / "hollow", tmp_path / "pickled")
+    torch.save({"x": torch.zeros(1)}, tmp_path / "pickled" / "pytorch_model.bin")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "torn.jsonl").write_text(demonstrations.read_text() + '{"prompt": "a", \n')
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "a long story " * 40}) + "\n")
+    (tmp_path / "judges.py").write_text(REWARDS)
+    return tmp_path
+
+
+SFT = "sft model=model data=demos.jsonl batch_size=4"
+PPO = "ppo model=model prompts=demos.jsonl rollout_batch_size=4 total_episodes=4 max_new_tokens=4"
+COMMANDS = {
+    "misspelt key": (f"{SFT} batch_sise=4", "there is no setting 'batch_sise'. Did you mean 'batch_size'?"),
+    "wrong type": (f"{SFT} num_train_epochs=often", "num_train_epochs: Input should be a valid integer"),
+    "missing recipe": ("run nowhere.yaml", "nowhere.yaml: no such file. `palate list recipes` shows"),
+    "missing data": (f"{SFT} data=demo.jsonl", "demo.jsonl: no such file or folder. Did you mean 'demos.jsonl'?"),
+    "missing model": (
+        f"{SFT} model={{here}}/modle",
+        "/modle: no such folder. Did you mean 'model'? Give a model folder",
+    ),
+    "missing model or hub id": (f"{SFT} model=modle", "modle: neither a folder nor a model the hub gave us: "),
+    "malformed line": (f"{SFT} data=torn.jsonl", "torn.jsonl:9: not JSON: "),
+    "empty data": (f"{SFT} data=empty.jsonl", "empty.jsonl: holds no rows. Give a file with at least one."),
+    "reward that raises": (f"{PPO} reward=judges.py:raises", "raised KeyError: 'colour' (at judges.py:3) for answer 0"),
+    "reward of a wrong count": (f"{PPO} reward=judges.py:too_few", "returned 1 results for 4 answers"),
+    "reward of nan": (f"{PPO} reward=judges.py:undecided", "nan for answer 0 "),
+    "reward that is not there": (f"{PPO} reward=judges.py:raise", "Did you mean 'raises'?"),
+    "long prompt": (
+        f"{PPO} reward=judges.py:raises prompts=long.jsonl",
+        "tokens, 28 fit. Set long_prompts to keep_end",
+    ),
+    "no end token": (f"{PPO} reward=judges.py:raises model=endless", "it has no end-of-sequence token. Name one that"),
+    "reward stage missing": (f"{PPO} reward=stage:judge", "reads 'stage:judge', but no stage before it has that name"),
+    "no weights": (f"{SFT} model=hollow", "hollow: no weights (*.safetensors) here. Give the folder"),
+    "pickle": (f"{SFT} model=pickled", "pickled: the weights are pickle files (.bin), which can run any code"),
+    "no such GPU": (f"{SFT} device=cuda:99", "loading.device: "),
+    "no such device": (f"{PPO} reward=judges.py:raises device=gpu", "loading.device: no device is called 'gpu'. Write"),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_command_says_it_in_one_line_and_leaves_nothing_half_written(name: str, here: Path) -> None:
+    words, expected = COMMANDS[name]
+    before = {path.name for path in here.iterdir()}
+    done = CliRunner().invoke(
+        main, [*words.format(here=here).split(), *([] if words.startswith("run") else ["name=bad"])]
+    )
+    said = [line for line in done.stderr.splitlines() if line.startswith("palate: ")]
+    assert done.exit_code == 2, done.output
+    assert isinstance(done.exception, SystemExit), done.exception
+    assert len(said) == 1, done.stderr
+    assert expected in said[0]
+    assert {path.name for path in here.iterdir()} - before <= {"runs", "__pycache__"}
+    made = [path for path in here.glob("runs/bad/*-*/**/*") if path.is_file()]
+    assert {path.name for path in made} <= {".started", "stage.yaml", "warnings.jsonl"}, "nothing to mistake for work"
 
 
 def test_the_command_says_it_once_and_exits_with_2(model: Path, demonstrations: Path, tmp_path: Path) -> None:

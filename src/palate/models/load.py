@@ -31,7 +31,7 @@ from palate.models.heads import ScalarHead
 from palate.models.lora import merge
 from palate.models.tokenizer import Tokenizer
 from palate.models.trunk import Trunk
-from palate.settings import PalateError, Settings
+from palate.settings import PalateError, Settings, nearest
 
 HEAD_WEIGHTS, HEAD_NOTE = "head.safetensors", "palate.json"
 
@@ -144,7 +144,8 @@ def _check_folder(path: str, folder: Path, how: Loading) -> None:
     """Say what is wrong with a local folder before transformers tries; hub ids are left alone."""
     if not folder.exists():
         if path.startswith((".", "/", "~")) or path.count("/") > 1:
-            raise PalateError(f"{path}: no such folder. Give a model folder or a hub id such as gpt2.")
+            near = _neighbour(folder)
+            raise PalateError(f"{path}: no such folder.{near} Give a model folder or a hub id such as gpt2.")
         return
     if not (folder / "config.json").exists():
         raise PalateError(f"{path}: no config.json here. Give the folder that save_pretrained wrote.")
@@ -187,9 +188,15 @@ def _explained(path: str, how: Loading) -> Generator[None]:
             raise PalateError(f"{path}: the model cannot be loaded: {first}. Check the folder's files.") from None
         weights = "" if how.allow_pickle else " Only safetensors weights are read unless allow_pickle is true."
         raise PalateError(
-            f"{path}: neither a folder nor a model the hub gave us: {first}. "
+            f"{path}: neither a folder nor a model the hub gave us: {first}.{_neighbour(Path(path).expanduser())} "
             f"Check the spelling and the network (HF_HUB_OFFLINE forbids it).{weights}"
         ) from None
+
+
+def _neighbour(missing: Path) -> str:
+    """ " Did you mean 'model'?" where a folder of nearly that name is there."""
+    beside = missing.parent
+    return nearest(missing.name, [p.name for p in beside.iterdir() if p.is_dir()]) if beside.is_dir() else ""
 
 
 def _tokenizer(path: str, how: Loading) -> Tokenizer:

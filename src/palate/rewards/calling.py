@@ -36,11 +36,13 @@ def load_function(spelled: str) -> Function:
         raise ValueError(f"{spelled!r}: write module:function or path/file.py:function.")
     try:
         module = _import(module_name)
-        found = attrgetter(name)(module)
-    except AttributeError:
-        raise ValueError(f"{spelled!r}: {module_name} has no {name!r}.{_near(name, module_name)}") from None
     except (Exception, SystemExit) as fault:  # the user's module is imported here and may raise anything, or exit
         raise ValueError(f"{spelled!r}: cannot import {module_name}: {type(fault).__name__}: {fault}.") from None
+    try:
+        found = attrgetter(name)(module)
+    except AttributeError:
+        hint = nearest(name, [n for n in vars(module) if not n.startswith("_")])
+        raise ValueError(f"{spelled!r}: {module_name} has no {name!r}.{hint} Name one of its functions.") from None
     if not callable(found):
         raise ValueError(f"{spelled!r}: {name} is {type(found).__name__}, not a function.")
     return found
@@ -58,11 +60,6 @@ def _import(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
-
-
-def _near(name: str, module_name: str) -> str:
-    module = sys.modules.get(module_name)
-    return nearest(name, [n for n in vars(module) if not n.startswith("_")]) if module else ""
 
 
 def ask(function: Function, label: str, answers: Answers) -> Verdict:
