@@ -14,6 +14,7 @@ from palate.check.gathered import Gathered
 from palate.check.rehearsal import Rehearsal
 from palate.check.rollout import AT_ONCE, LONGEST, Rehearsed, rehearse
 from palate.check.training import describe
+from palate.check.update import Update
 from palate.data.encode import PromptRow
 from palate.models.load import Loaded
 from palate.randomness import key
@@ -78,12 +79,27 @@ def look(stage: Stage, index: int, rehearsal: Rehearsal, measure: bool) -> Seen:
     return gathered.onto(seen)
 
 
+def first_update(stage: Stage, index: int, rehearsal: Rehearsal) -> Update:
+    """The stage's first optimiser step, on real answers, as far as its gradient. PalateError for its first fault."""
+    gathered, here = Gathered(stage.name), rehearsal.workspace(index)
+    setup = _set_up(stage, here, rehearsal, gathered)
+    if setup is None or gathered.faults:
+        raise PalateError(gathered.faults[0])
+    trains, counter = setup.algorithm.trains, key(here.seed, stage.name)
+    cast = _seats.online_cast(setup.policy, setup.value, stage.layout, trains, counter, here)
+    judging = Judging(setup.reward, setup.watch, stage.shaping, stage.truncation, setup.policy.tokenizer, here.world)
+    prompts = setup.first(max(1, min(AT_ONCE, setup.numbers.minibatch) // setup.algorithm.group))
+    done = rehearse(stage, here, cast, judging, setup.records, prompts, twice=False)
+    batch = done.experience.without_shown()
+    return Update(stage.name, cast, trains, batch, done.loss(cast), stage.microbatch_size, stage.optimiser)
+
+
 def _set_up(stage: Stage, here: Workspace, rehearsal: Rehearsal, gathered: Gathered) -> _Setup | None:
     read = gathered.ask(_rows.read, stage.prompts, here)
-    policy = gathered.ask(_seats.open_model, stage.model, here, "policy", stage.loading)
+    policy = gathered.ask(rehearsal.open, stage.model, here, "policy", stage.loading)
     value = None
     if stage.value_model is not None:
-        value = gathered.ask(_seats.open_model, stage.value_model, here, "value", stage.loading)
+        value = gathered.ask(rehearsal.open, stage.value_model, here, "value", stage.loading)
     reward, watch = (_seats.at_hand(asked, here) for asked in (stage.reward, stage.watch))
     found = gathered.ask(judges.reward_models, reward, watch)
     if policy is not None:
@@ -150,7 +166,7 @@ def _judge(setup: _Setup, gathered: Gathered) -> None:
     double = sum(p.tokens.count(bos) > 1 for p in setup.prompts) if bos not in (None, setup.policy.tokenizer.eos) else 0
     if double:
         gathered.warn(f"prompts: {double:,} of {len(setup.prompts):,} hold the begin token more than once.")
-    if numbers.microbatch > numbers.minibatch:
+    if "microbatch_size" in stage.model_fields_set and numbers.microbatch > numbers.minibatch:
         gathered.warn(
             f"microbatch_size: {numbers.microbatch:,} is larger than the {numbers.minibatch:,} answers of one step."
         )

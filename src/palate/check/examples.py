@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -52,6 +53,9 @@ def ranked_row(title: str, row: RankedRow, tokenizer: Tokenizer, width: int) -> 
         name = f"{title}, the {which} of {len(row.rows)} answers"
         pads = max(0, width - len(one.tokens))
         found.append(example(name, one.tokens, one.trained, tokenizer, pads, last, [note]))
+    if len(order) > len(found):
+        places = ", ".join(str(len(row.rows[k].tokens)) for k in order)
+        found[-1] = replace(found[-1], notes=(*found[-1].notes, f"all answers, best first, are read at token {places}"))
     return found
 
 

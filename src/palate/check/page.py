@@ -15,6 +15,7 @@ from rich.text import Text
 from palate.check.alone import DataFound
 from palate.check.examples import visible
 from palate.check.found import Counts, Example, Memory, ModelFound, Piece, RecipeFound, Setting, StageFound, Time
+from palate.check.geometry import Geometry
 from palate.check.plan import words
 from palate.data.check import report_text
 from palate.live import duration
@@ -69,6 +70,17 @@ class Page:
         self._rows(rows)
         self.console.print()
         self._end("it can be loaded", found.warnings, ())
+
+    def geometry(self, found: Sequence[Geometry]) -> None:
+        """One update of each stage, cut in several ways."""
+        for one in found:
+            self._title(f"{one.stage}: one update on {one.rows:,} rows, {one.parameters:,} numbers in its gradient")
+            self._rows([(cut.how, Text(f"{cut.distance:.1e} of its size")) for cut in one.cuts])
+            self.console.print()
+        bound = max(one.bound for one in found)
+        verdict = f"the gradient is that of all rows at once, however they are cut (to {bound:g})"
+        faults = [one.fault for one in found if not one.holds]
+        self._end("the gradient depends on the cut" if faults else verdict, (), faults)
 
     def _title(self, text: str) -> None:
         self.console.print(Text(visible(text), style="bold"))

@@ -6,16 +6,20 @@ shapes and tokenizer, so counts, memory and time are right; what it would say is
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
 
 from palate.live import Display
 from palate.models.heads import fresh_head
-from palate.models.load import Loaded
+from palate.models.load import Loaded, Loading
+from palate.models.make import Make
 from palate.models.save import Card, save, save_head
 from palate.parallel import World
 from palate.run import Plan
+from palate.settings import PalateError
+from palate.stages import _seats
 from palate.tracking import JsonLines
 from palate.workspace import Workspace
 
@@ -43,6 +47,12 @@ class Rehearsal:
             trackers={},
             settings=self.plan.resolved["stages"][index],
         )
+
+    def open(self, model: str | Make, here: Workspace, role: str, how: Loading, texts: Iterable[str] = ()) -> Loaded:
+        """The model a stage starts from. Raises PalateError, too, where its weights alone do not fit this machine."""
+        if isinstance(model, str):
+            _require_memory(here.resolve(model))
+        return _seats.open_model(model, here, role, how, texts)
 
     def warnings(self, here: Workspace) -> list[str]:
         """What was said through `here.warn`, about the folder that the stage itself would work in."""
@@ -78,3 +88,23 @@ class Rehearsal:
             save_head(target, head)
             return
         save(target, loaded.trunk, loaded.tokenizer, Card(here.name, loaded.source), head)
+
+
+def _require_memory(folder: Path) -> None:
+    """Say so before the machine runs out of memory, which would end this process without a word."""
+    size, free = sum(f.stat().st_size for f in folder.glob("*.safetensors")), _free()
+    if free is not None and size > free:
+        raise PalateError(
+            f"{folder}: its weights are {size / 1e9:.1f} GB and {free / 1e9:.1f} GB of memory are free here. "
+            "Check it on the machine it will run on."
+        )
+
+
+def _free() -> int | None:
+    """Bytes of memory that can be had without swapping, where the system tells."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    told = (line.split() for line in lines if line.startswith("MemAvailable:"))
+    return next((1024 * int(words[1]) for words in told), None)

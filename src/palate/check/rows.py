@@ -45,6 +45,12 @@ def warnings(rows: Sequence[Row], tokenizer: Tokenizer, encoding: Encoding, cont
     double = sum(row.tokens.count(bos) > 1 for row in flat) if bos is not None else 0
     if double:
         found.append(f"data: {double:,} of {len(flat):,} rows hold the begin token more than once. Look at the texts.")
+    padded = sum(tokenizer.pad in row.tokens for row in flat) if tokenizer.pad != tokenizer.eos else 0
+    if padded:
+        found.append(
+            f"data: {padded:,} of {len(flat):,} rows hold the padding token {_spelled(tokenizer)} as text. "
+            "Take it out of the data."
+        )
     limit = min(encoding.max_length or context, context)
     ends = set(stop_tokens(tokenizer))
     cut = sum(len(row.tokens) >= limit and row.tokens[-1] not in ends for row in flat)

@@ -16,10 +16,12 @@ from palate.check.arithmetic import Offline
 from palate.check.found import Counts, Example, Memory, Seen, Time
 from palate.check.gathered import Gathered
 from palate.check.rehearsal import Rehearsal
+from palate.check.update import Update
 from palate.data.encode import RankedRow
 from palate.models.load import Loaded
 from palate.models.tokenizer import Tokenizer
 from palate.randomness import key
+from palate.settings import PalateError
 from palate.stages import _rows, _seats
 from palate.stages._order import Order
 from palate.stages.train import Stage
@@ -72,6 +74,21 @@ def look(stage: Stage, index: int, rehearsal: Rehearsal, measure: bool) -> Seen:
     return gathered.onto(seen)
 
 
+def first_update(stage: Stage, index: int, rehearsal: Rehearsal) -> Update:
+    """The stage's first optimiser step, as far as its gradient. Raises PalateError for its first fault."""
+    gathered = Gathered(stage.name)
+    setup = _set_up(stage, rehearsal.workspace(index), rehearsal, gathered)
+    if setup is None or gathered.faults:
+        raise PalateError(gathered.faults[0])
+    algorithm, counter = setup.algorithm, key(setup.here.seed, stage.name)
+    cast = _seats.offline_cast(setup.loaded, stage.layout, algorithm.trains[0], counter, setup.here)
+    batch = _prepared(cast, algorithm, setup.batch(0))
+    rows = stage.microbatch_size
+    return Update(
+        stage.name, cast, algorithm.trains, batch, lambda part: algorithm.loss(cast, part), rows, stage.optimiser
+    )
+
+
 def describe(loaded: Loaded, asked: object, trained: bool = True) -> str:
     """A model in a line, by the name it was asked for."""
     trunk = loaded.trunk
@@ -91,7 +108,8 @@ def _set_up(stage: Stage, here: Workspace, rehearsal: Rehearsal, gathered: Gathe
     if read is None and not isinstance(stage.model, str):
         return None
     records, held = read or ([], [])
-    loaded = gathered.ask(_open, stage, here, role, records)
+    texts = _rows.texts(records)
+    loaded = gathered.ask(rehearsal.open, stage.model, here, role, stage.loading, texts)
     if loaded is None:
         return None
     start = stage.model if isinstance(stage.model, str) else None
@@ -111,10 +129,6 @@ def _set_up(stage: Stage, here: Workspace, rehearsal: Rehearsal, gathered: Gathe
     batch = min(stage.batch_size, len(found))  # one batch can be shown even where it would not be filled
     order = Order(lengths, batch, stage.group_by_length, (here.seed, stage.name))
     return _Setup(stage, here, loaded, found, len(kept), order, numbers)
-
-
-def _open(stage: Stage, here: Workspace, role: str, records: Sequence[Any]) -> Loaded:
-    return _seats.open_model(stage.model, here, role, stage.loading, texts=_rows.texts(records))
 
 
 def _numbers(stage: Stage, found: Sequence[rows.Row], held: int) -> Offline:
@@ -146,7 +160,7 @@ def _judge(
             f"batch_size: {numbers.left_over:,} of {numbers.rows:,} rows fill no batch and are left out of each epoch. "
             "Take a batch_size that divides them better."
         )
-    if stage.microbatch_size > stage.batch_size:
+    if "microbatch_size" in stage.model_fields_set and stage.microbatch_size > stage.batch_size:
         gathered.warn(f"microbatch_size: {stage.microbatch_size} is larger than batch_size {stage.batch_size}.")
 
 
