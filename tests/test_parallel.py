@@ -61,7 +61,7 @@ def test_several_processes_without_a_launcher_are_refused(monkeypatch: pytest.Mo
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with (
-        pytest.raises(PalateError, match="WORLD_SIZE is 2 but MASTER_ADDR is not set. Start the run with torchrun"),
+        pytest.raises(PalateError, match=r"WORLD_SIZE is 2 but MASTER_ADDR is not set\. Start the run with torchrun"),
         joined(),
     ):
         pass

@@ -1,4 +1,4 @@
-"""`palate check --geometry`: honest algorithms have one gradient however an update is cut; one that divides is found."""
+"""`palate check --geometry`: an update has one gradient however it is cut; a loss that divides is found."""
 
 from __future__ import annotations
 
