@@ -96,3 +96,12 @@ def test_help_loads_no_torch() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "Example:" in done.stdout
     assert done.stdout.endswith("False\n")
+
+
+def test_the_documented_keys_are_those_of_the_document(lab: Path) -> None:
+    page = (Path(__file__).resolve().parents[1] / "docs" / "check.md").read_text(encoding="utf-8")
+    found = json.loads(palate("check", "mine.yaml", "--json", "--quick", cwd=lab).stdout)
+    stage = found["stages"][0]
+    named = [*found, *stage, *(f"seen.{key}" for key in stage["seen"]), *stage["state"]]
+    named += [key for one in stage["seen"]["examples"][:1] for key in (*one, *one["counts"], *one["pieces"][0])]
+    assert [key for key in named if f"`{key}`" not in page and key != "seen"] == []

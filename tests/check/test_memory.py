@@ -18,7 +18,7 @@ D, INSIDE, BLOCKS = 16, 64, 1
 
 
 def _parameters(vocabulary: int) -> int:
-    """A Llama with tied embeddings: table, four projections, three gated matrices, two norms a block and one at the end."""
+    """A Llama with tied embeddings: its table; four projections, three gated matrices, two norms a block; one norm."""
     return vocabulary * D + BLOCKS * (4 * D * D + 3 * D * INSIDE + 2 * D) + D
 
 
