@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from bench.moments import Both, Call, Moment, OnDisk
 
 STEP, DECODING = "palate.step:Stepper.step", "palate.models.trunk:Trunk.extend"
+SAMPLES = "palate.workspace:Workspace.sample"
 SFT, REWARD, RLHF = "1-sft/.started", "2-reward/.started", "3-rlhf/.started"
 
 
@@ -38,6 +39,10 @@ CHAIN: Sequence[Link] = (
     Link(Call("sft: the first epoch ends", STEP, 6, after=True, once=SFT)),
     Link(Call("sft: the second epoch begins", STEP, 4, once=SFT)),
     Link(Call("sft: SIGTERM", STEP, 2, once=SFT, signal=signal.SIGTERM), leaves="1-sft/checkpoints/step-0000000[78]"),
+    Link(
+        Call("sft: SIGTERM in the last step", STEP, 4, once=SFT, signal=signal.SIGTERM),
+        leaves="1-sft/checkpoints/step-00000012",
+    ),
     Link(OnDisk("sft: the model is written but not in place", "os.rename", r"/1-sft/\.model\.partial$")),
     Link(OnDisk("sft: the model is in place, the stage not done", "os.rename", r"/1-sft/\.DONE\.new$")),
     Link(Call("sft: done, before anything else", "palate.run:_run_stage", 2, once=SFT)),
@@ -45,6 +50,10 @@ CHAIN: Sequence[Link] = (
     Link(Call("reward: a checkpoint before older ones go", "palate.checkpoint:CheckpointStore.prune", 2, once=REWARD)),
     Link(OnDisk("reward: an old checkpoint is half removed", "os.remove", r"(state|MANIFEST)\.json$", 2, once=REWARD)),
     Link(Call("reward: a damaged checkpoint follows", STEP, 2, once=REWARD), damage=True),
+    Link(
+        Call("reward: SIGTERM in the last step", STEP, 3, once=REWARD, signal=signal.SIGTERM),
+        leaves="2-reward/checkpoints/step-00000006",
+    ),
     Link(
         OnDisk(
             "reward: its checkpoints are half removed", "os.remove", r"(state|MANIFEST)\.json$", once="2-reward/DONE"
@@ -56,7 +65,7 @@ CHAIN: Sequence[Link] = (
     Link(Call("rlhf: between two minibatches", STEP, 11, after=True, once=RLHF)),
     Link(Call("rlhf: in the middle of decoding", DECODING, 20, once=RLHF)),
     Link(Call("rlhf: metrics are written, samples are not", "palate.workspace:Workspace.log", after=True, once=RLHF)),
-    Link(Call("rlhf: samples are written, tokens are not", "palate.workspace:Workspace.sample", after=True, once=RLHF)),
+    Link(Call("rlhf: samples are written, tokens are not", SAMPLES, after=True, once=RLHF)),
     Link(Call("rlhf: all is written but the checkpoint", "palate.workspace:Workspace.tokens", after=True, once=RLHF)),
     Link(Call("rlhf: SIGTERM while decoding", DECODING, 18, once=RLHF, signal=signal.SIGTERM)),
     Link(
@@ -75,6 +84,10 @@ CHAIN: Sequence[Link] = (
         True,
     ),
     Link(OnDisk("rlhf: between the two renames of a step saved again", "os.rename", r"/3-rlhf/checkpoints/\.staged")),
+    Link(
+        Call("rlhf: SIGINT behind the last rollout", SAMPLES, 3, once=RLHF, signal=signal.SIGINT),
+        leaves="3-rlhf/checkpoints/step-00000010",
+    ),
     Link(OnDisk("rlhf: the model is in place, the stage not done", "os.rename", r"/3-rlhf/\.DONE\.new$")),
     Link(OnDisk("rlhf: between the two renames of a model saved again", "os.rename", r"/3-rlhf/\.model\.partial$")),
     Link(OnDisk("the report is half written", "os.rename", r"/\.report\.md\.new$")),
