@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,17 @@ def test_right_weights_that_speak_otherwise_are_found_by_the_canary() -> None:
     engine.repack = _stale_cache
     with pytest.raises(PalateError, match=r"every weight of version 3 arrived, but the canary.*stale cache"):
         engine.publish(published(cast))
+
+
+def test_the_trainers_own_memory_is_believed_and_a_view_of_it_is_read() -> None:
+    """A local engine pays for no second fingerprint; the same numbers in another order are another tensor."""
+    cast = tiny()
+    publication = published(cast)
+    spoilt = replace(publication, fingerprints=dict.fromkeys(publication.fingerprints, 0))
+    spoilt.verify(dict(publication.weights()), publication.canary_logp_BT, "local engine")
+    turned = {n: x.T if x.shape == (32, 32) else x for n, x in publication.weights().items()}
+    with pytest.raises(PalateError, match=r"self_attn\.[qkvo]_proj\.weight and \d+ more"):
+        publication.verify(turned, publication.canary_logp_BT, "local engine")
 
 
 def test_an_engine_that_reads_at_another_temperature_is_found_by_the_canary() -> None:

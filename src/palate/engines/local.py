@@ -21,6 +21,9 @@ from palate.models.trunk import Trunk
 from palate.parallel import World
 from palate.settings import NotFinite, PalateError
 
+_ONE_BY_ONE = 4
+"""Tokens of a given text that are read as an answer is written: each over the cache of those before it."""
+
 
 @dataclass
 class _Draft:
@@ -98,12 +101,12 @@ class LocalEngine:
     def listen(self, text: Tokens) -> Tensor:
         """Log-probabilities B×T that this engine, by its own way through cache and draw, gives to given text.
 
-        Rows are without padding; the first half is read at once, the rest token by token. 0 off the action mask.
+        Rows are without padding; all but the last few tokens are read at once, those one by one. 0 off the action mask.
         """
         said_BT, length = text.tokens_BT, text.tokens_BT.shape[1]
         logp_BT, cache, start = torch.zeros(said_BT.shape, device=said_BT.device), None, 0
         with wear(self.adapter):
-            for end in (max(1, length // 2), *range(max(1, length // 2) + 1, length)):
+            for end in range(max(1, length - _ONE_BY_ONE), length):
                 hidden_BSD, cache = self.trunk.extend(said_BT[:, start:end], text.real_BT[:, :end], cache)
                 logits_NV = self.trunk.logits(hidden_BSD.flatten(0, 1))
                 every_NV = drawn_from(logits_NV, self.sampling, self._ends, early=False)
