@@ -40,9 +40,9 @@ class Judging:
         shaping: Shaping,
         truncation: Truncation | None,
         tokenizer: Tokenizer,
-        world: World,
+        world: World | None = None,
     ) -> None:
-        self.world = world
+        self.world = world or World()
         self.reward, self.watch, self.shaping = reward, watch, shaping
         self.truncation, self.tokenizer = truncation, tokenizer
         self.stop = stop_token(truncation.token, tokenizer, "truncation.token") if truncation else -1
