@@ -105,7 +105,7 @@ def two_updates(recorded: Recorded, variant: str, rate: float, eps: float) -> Tr
     """From the start weights, two epochs of one minibatch each; every variant sees the same data in the same order."""
     recorded.cast.restore(recorded.start)
     chosen = recorded.stage.optimiser.model_copy(update={"variant": variant, "eps": eps, "learning_rate": rate})
-    stepper = step.Stepper(recorded.cast.parameters(("policy", "value")), chosen, parallel.world())
+    stepper = step.Stepper(recorded.cast.parameters(("policy", "value")), chosen, parallel.World())
     after: list[Mapping[str, float]] = []
     gradient_N = torch.zeros(0)
     for update in range(2):
