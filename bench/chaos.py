@@ -55,7 +55,7 @@ def page(found: Sequence[Found], seed: int) -> str:
     restarts = [k["restart"] for k in kills if k["restart"] is not None]
     damaged = sum(1 for k in kills if k["damage"])
     lines = [
-        f"{len(kills)} kills of {sum(one['runs'] for one in found)} runs, seed {seed}: "
+        f"{len(kills)} kills and stops of {sum(one['runs'] for one in found)} runs, seed {seed}: "
         + ", ".join(f"{count} {way}" for way, count in Counter(k["way"] for k in kills).most_common()),
         "",
         "| | |",

@@ -128,7 +128,7 @@ def test_the_page_counts_and_names_every_broken_promise() -> None:
     }
     text = page([good], 7)
     assert broken([good]) == []
-    assert "2 kills of 3 runs, seed 7: 1 by the clock, 1 at an exact moment" in text
+    assert "2 kills and stops of 3 runs, seed 7: 1 by the clock, 1 at an exact moment" in text
     assert "| exact moments met | 1 of 1 |" in text
     assert "0.50 s after imports" in text
     assert "| 1-sft: training | 2 |" in text
