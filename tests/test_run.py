@@ -169,7 +169,7 @@ def test_a_stage_that_is_done_is_skipped_and_only_what_depends_on_a_change_runs_
     assert _total(fifth.folder / "2-b") == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("what", ["data", "code", "seed", "model"])
+@pytest.mark.parametrize("what", ["data", "code", "seed", "model", "bit"])
 def test_a_stage_runs_again_when_what_it_depends_on_changed(lab: Path, what: str) -> None:
     (lab / "data.txt").write_text("four")
     seed = 1
@@ -180,6 +180,9 @@ def test_a_stage_runs_again_when_what_it_depends_on_changed(lab: Path, what: str
         (lab / "counting_lab.py").write_text(STAGES + "\n")
     elif what == "seed":
         seed = 2
+    elif what == "bit":
+        made = before.folder / "1-count" / "model" / "total.txt"
+        made.write_bytes(bytes([made.read_bytes()[0] ^ 1]) + made.read_bytes()[1:])
     else:
         (before.folder / "1-count" / "model" / "total.txt").unlink()
     assert not _run(_count(data="data.txt"), seed=seed).stages[0].skipped

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from palate.checkpoint import CheckpointStore
+from palate.checkpoint import CheckpointStore, sha256
 from palate.evidence import Evidence
 from palate.provenance import now, read_json, write_json, write_text
 from palate.settings import PalateError
@@ -125,6 +125,7 @@ class StageFolder:
         if done.get("hash") != self.evidence.hash:
             return False
         if done.get("outputs") == self._outputs():
+            shutil.rmtree(self.path / "checkpoints", ignore_errors=True)  # a kill right behind DONE leaves them
             return True
         warn(f"{self.path}: its model is not as DONE left it; the stage runs again.")
         (self.path / "DONE").unlink()
@@ -148,8 +149,8 @@ class StageFolder:
         write_json(self.path / "DONE", {**said, "finished": now(), "seconds": round(seconds, 3)})
         shutil.rmtree(self.path / "checkpoints", ignore_errors=True)
 
-    def _outputs(self) -> dict[str, int]:
-        """What the stage made for later stages: file names and sizes."""
+    def _outputs(self) -> dict[str, str]:
+        """What the stage made for later stages: file names and the sha256 of each, so that a flipped bit shows."""
         model = self.path / "model"
         files = sorted(f for f in model.rglob("*") if f.is_file()) if model.is_dir() else []
-        return {str(f.relative_to(self.path)): f.stat().st_size for f in files}
+        return {str(f.relative_to(self.path)): sha256(f) for f in files}
