@@ -151,6 +151,7 @@ def test_half_the_rate_rescues_a_run_that_went_too_fast(
     assert len([text for text in warnings(folder) if "half the learning rate" in text]) == 1
 
 
+@pytest.mark.slow
 def test_the_command_ends_with_3_and_one_message_also_after_a_kill(
     model: Path, tokens: dict[str, int], tmp_path: Path
 ) -> None:
