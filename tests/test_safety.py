@@ -79,7 +79,7 @@ def test_a_malicious_pickle_as_data_is_never_opened(tmp_path: Path, name: str) -
 
 def _tar(path: Path, mode: str) -> None:
     with tarfile.open(path, mode) as archive:
-        for name in ("../escaped.jsonl", "/tmp/palate-escaped.jsonl", "rows.jsonl"):
+        for name in ("../escaped.jsonl", str(path.with_name("absolute.jsonl")), "rows.jsonl"):
             member = tarfile.TarInfo(name)
             member.size = len(ROW)
             archive.addfile(member, io.BytesIO(ROW))
@@ -108,7 +108,7 @@ def test_an_archive_as_data_is_not_unpacked(tmp_path: Path, name: str) -> None:
     said = palate(here, "sft", f"model={MODEL}", f"data=data/{name}", "batch_size=4", "name=bad")
     assert f"{name}: an archive. Unpack it and name the files inside." in said
     assert not (tmp_path / "escaped.jsonl").exists()
-    assert not Path("/tmp/palate-escaped.jsonl").exists()
+    assert not (here / "data" / "absolute.jsonl").exists()
     assert not list(here.rglob("link.jsonl"))
     with pytest.raises(PalateError, match="no data files found"):
         load(Data(path=str(here / "data")), 0)
