@@ -68,3 +68,21 @@ def _log_softmax(logits_NV: Tensor, temperature: float) -> Tensor:
 def cross_entropy(logp: Tensor, mask: Tensor) -> Tensor:
     """−log p where the mask is True, exactly 0 elsewhere; per element."""
     return -keep(logp, mask)
+
+
+def answer_logp(logp_BT: Tensor, mask_BT: Tensor, average: bool = False) -> Tensor:
+    """log p of each row's answer: the sum over its tokens, or with `average` the mean; an empty answer gives 0."""
+    total_B = keep(logp_BT, mask_BT).sum(-1)
+    return total_B / mask_BT.sum(-1).clamp(min=1) if average else total_B
+
+
+def log1mexp(a: Tensor) -> Tensor:
+    """log(1 − e^a) for a < 0, per element, exact at both ends (Mächler 2012); −∞ at 0.
+
+    Near 0 the difference is `expm1`'s, far from it `log1p`'s; each branch sees only its own half, so that the other
+    cannot put nan into the gradient.
+    """
+    a, near = widen(a), a > -math.log(2)
+    middle = -math.log(2)
+    close = (-torch.expm1(a.masked_fill(~near, middle))).log()
+    return torch.where(near, close, torch.log1p(-a.masked_fill(near, middle).exp()))
