@@ -74,6 +74,8 @@ def _pick(value: Any, index: Tensor) -> Any:
 
 
 def _narrow(value: Any, width: int) -> Any:
+    if value is None:
+        return None
     if isinstance(value, dict):
         return {k: v[..., :width] for k, v in cast(dict[str, Tensor], value).items()}
     return value[..., :width]
@@ -131,6 +133,51 @@ class Comparisons(Rows):
         """Scores of `answers()` put back into the B×K grid; unused places hold 0."""
         grid = score_R.new_zeros(self.present_BK.shape)
         return grid.masked_scatter(self.present_BK, score_R)
+
+
+@dataclass(frozen=True)
+class Pairs(Rows):
+    """B preference pairs: `[:, 0]` is the chosen answer, `[:, 1]` the rejected one, each a whole row with its prompt.
+
+    `probability_B` is how likely the first is the better one (1 where nobody said). `corrected_BKT` is True on tokens
+    that a correction changed. `ref_logp_BKT` are the reference's log-probabilities, once `prepare` or the disk gave
+    them; None before.
+    """
+
+    tokens_BKT: Tensor
+    real_BKT: Tensor
+    action_BKT: Tensor
+    probability_B: Tensor
+    margin_B: Tensor
+    corrected_BKT: Tensor
+    ref_logp_BKT: Tensor | None = None
+
+    def counts(self) -> dict[str, float]:
+        chosen = float(self.action_BKT[:, 0].sum())
+        return {"rows": float(self.size), "tokens": float(self.action_BKT.sum()), "chosen_tokens": chosen}
+
+    def answers(self) -> Tokens:
+        """All answers as plain token rows, 2B of them: chosen, rejected, chosen, …"""
+        return Tokens(*(x.flatten(0, 1) for x in (self.tokens_BKT, self.real_BKT, self.action_BKT)))
+
+
+@dataclass(frozen=True)
+class Labelled(Tokens):
+    """B answers with a thumb up (`desirable_B` True) or down.
+
+    `ref_logp_BT` as in `Pairs`. `kl` is a number of the whole batch that `prepare` finds.
+    """
+
+    desirable_B: Tensor
+    ref_logp_BT: Tensor | None = None
+    kl: float = 0.0
+
+
+@dataclass(frozen=True)
+class Trajectories(Tokens):
+    """B sequences of actions with what they earned: `reward_BT` is the reward after each action token, 0 elsewhere."""
+
+    reward_BT: Tensor
 
 
 @dataclass(frozen=True)
@@ -194,9 +241,55 @@ class Experience(Tokens):
     def counts(self) -> dict[str, float]:
         return {**Tokens.counts(self), "values": float(self.value_mask_BT.sum())}
 
-    def without_shown(self) -> Self:
-        """The same without `shown_BT`, so that cutting it into minibatches costs nothing."""
-        return replace(self, shown_BT={})
+
+@dataclass(frozen=True)
+class Graded(Tokens):
+    """What an algorithm without a value function learns from: old log-probabilities and advantages.
+
+    `ref_logp_BT` are the reference's log-probabilities (zeros where no loss reads them). `weight_BT` corrects for
+    samples that are not quite the current policy's; 1 where they are. The rest as in `Experience`.
+    """
+
+    logp_BT: Tensor
+    advantage_BT: Tensor
+    ref_logp_BT: Tensor
+    weight_BT: Tensor
+    temperature: float
+    memory: Mapping[str, float]
+    metrics: Mapping[str, float]
+    shown_BT: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+@dataclass(frozen=True)
+class Duels(Rows):
+    """Pairs of the policy's own answers to one prompt, the preferred one first; as `Pairs`, made on the way."""
+
+    tokens_BKT: Tensor
+    real_BKT: Tensor
+    action_BKT: Tensor
+    probability_B: Tensor
+    ref_logp_BKT: Tensor
+    temperature: float
+    memory: Mapping[str, float]
+    metrics: Mapping[str, float]
+    shown_BT: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def counts(self) -> dict[str, float]:
+        return {"rows": float(self.size), "tokens": float(self.action_BKT.sum())}
+
+    def answers(self) -> Tokens:
+        """All answers as plain token rows, 2B of them: preferred, other, preferred, …"""
+        return Tokens(*(x.flatten(0, 1) for x in (self.tokens_BKT, self.real_BKT, self.action_BKT)))
+
+
+Learnt = Experience | Graded | Duels
+"""What an online algorithm may learn from: rows, with the temperature they were drawn at, `memory`, `metrics`, and
+`shown_BT` (of the rollout's rows, in their order; for people alone)."""
+
+
+def without_shown(learnt: Learnt) -> Learnt:
+    """The same without `shown_BT`, so that cutting it into minibatches costs nothing."""
+    return replace(learnt, shown_BT={})
 
 
 @dataclass(frozen=True)

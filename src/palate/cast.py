@@ -157,16 +157,49 @@ class Cast:
         """The first role that sits on the trunk gives it its name."""
         return next(role for role, seat in self.roles.items() if seat.trunk is trunk)
 
-    def state(self, roles: Sequence[str]) -> dict[str, Tensor]:
+    def state(self, trains: Sequence[str], moves: Sequence[str] = ()) -> dict[str, Tensor]:
         """What a checkpoint keeps of these roles: everything that trains, and their heads with gain and bias.
 
-        Frozen weights are not in it: they come from where the model was loaded. Sharded weights are given as they
-        are; `parallel.whole` brings them together.
+        Roles that move without gradient are kept whole. Frozen weights are not in it: they come from where the model
+        was loaded. Sharded weights are given as they are; `parallel.whole` brings them together.
         """
-        kept: dict[str, Tensor] = {name: p.detach() for name, p in self.parameters(roles).items()}
-        for role in roles:
+        kept: dict[str, Tensor] = {name: p.detach() for name, p in self.parameters(trains).items()}
+        for role in moves:
+            kept |= {name: p.detach() for name, p in self._weights(role).items()}
+        for role in trains:
             kept |= {f"{role}.head.{n}": p.detach() for n, p in _head_parameters(self.seat(role)).items()}
         return kept
+
+    def _weights(self, role: str) -> dict[str, nn.Parameter]:
+        """Every weight of a role that sits on a trunk of its own, or the head alone where the trunk is another's."""
+        seat, found = self.seat(role), dict[str, nn.Parameter]()
+        if self._owner(seat.trunk) == role:
+            found |= {f"{role}.{path}": p for path, p in seat.trunk.model.named_parameters()}
+        return found | {f"{role}.head.{n}": p for n, p in _head_parameters(seat).items()}
+
+    @torch.no_grad()
+    def blend(self, source: str, target: str, share: float) -> None:
+        """target ← (1 − share) · target + share · source, for the trunk (where the target has one) and the head.
+
+        A moving average, a target network, or with share 1 a copy. Weights that both share stay what they are. Raises
+        PalateError where the target has no weights of its own to move.
+        """
+        moved = 0
+        theirs = {name.partition(".")[2]: p for name, p in self._all(source).items()}
+        for name, weight in self._weights(target).items():
+            other = theirs.get(name.partition(".")[2])
+            if other is not None and other is not weight:
+                local(weight).lerp_(local(other).to(weight.dtype), share)
+                moved += 1
+        if not moved:
+            raise PalateError(
+                f"{target}: it has no weights of its own, so it cannot follow {source}. Use layout separate or shared."
+            )
+
+    def _all(self, role: str) -> dict[str, nn.Parameter]:
+        seat = self.seat(role)
+        named = {f"{role}.{path}": p for path, p in seat.trunk.model.named_parameters()}
+        return named | {f"{role}.head.{n}": p for n, p in _head_parameters(seat).items()}
 
     @torch.no_grad()
     def restore(self, tensors: Mapping[str, Tensor]) -> None:

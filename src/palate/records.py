@@ -69,12 +69,14 @@ class Demonstration(Prompt):
 class Ranking(Prompt):
     """K answers to one prompt with ranks, 0 the best; equal ranks are ties. Stored whole, expanded per prompt.
 
-    Two answers are a preference pair. `margin` is the stated strength of a pair's preference.
+    Two answers are a preference pair. `margin` is the stated strength of a pair's preference, `probability` how likely
+    the better one of the pair is the better one, where a judge said so (a soft label).
     """
 
     completions: tuple[Text, ...] = ()
     ranks: tuple[int, ...] = ()
     margin: float | None = None
+    probability: float | None = None
 
     @property
     def pairs(self) -> list[tuple[int, int]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from palate.algorithms import ppo, reward, sft
-from palate.batches import Comparisons, Examples, Experience, Loss, Rollouts, Rows, Scored, Term
+from palate.batches import Comparisons, Examples, Experience, Loss, Rollouts, Rows, Scored, Term, without_shown
 from palate.cast import Cast, Layout, assemble
 from palate.models.make import Make, make
 from palate.parallel import World
@@ -65,7 +65,7 @@ def ppo_case(layout: str) -> tuple[Cast, Rows, object]:
     algorithm = ppo.Algorithm(old_logprobs="sampled", score_position="after", cliprange=0.05)
     with torch.no_grad():
         experience = algorithm.prepare(cast, scored)
-    return cast, experience.without_shown(), algorithm
+    return cast, without_shown(experience), algorithm
 
 
 def gradients(cast: Cast, batch: Rows, algorithm: object, microbatch: int) -> dict[str, Tensor]:

@@ -66,7 +66,7 @@ def test_there_and_back_through_a_checkpoint_is_the_same_bit_for_bit(dtype: torc
     store.save(2, {**mine.tensors(), "model/other": torch.zeros(2)}, {"pending": mine.state()})
     found = store.newest()
     assert found is not None
-    back = Lesson.restored(found[1], found[2]["pending"], CPU)
+    back = Lesson.restored(Experience, found[1], found[2]["pending"], CPU)
     for field in fields(Experience):
         ours, theirs = getattr(mine.experience, field.name), getattr(back.experience, field.name)
         if isinstance(ours, Tensor):

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from palate.algorithms import ppo
-from palate.batches import Experience, Scored
+from palate.batches import Experience, Scored, without_shown
 from palate.cast import Cast, Layout, assemble
 from palate.data.encode import PromptRow
 from palate.engines.engine import Sampling
@@ -180,7 +180,7 @@ def test_the_prompt_is_there_without_numbers_and_the_pieces_spell_the_row() -> N
 
 def test_what_an_algorithm_does_not_tell_is_absent() -> None:
     _, scored, experience, _ = learnt("last", False, None)
-    silent = replace(experience.without_shown(), value_mask_BT=torch.zeros_like(experience.value_mask_BT))
+    silent = replace(without_shown(experience), value_mask_BT=torch.zeros_like(experience.value_mask_BT))
     [written] = _tokens.table(silent, scored, [PromptRow([5], "a", "a", {})] * 3, train_bpe(TEXTS, 300), rows=1)
     answer = [token for token in written["tokens"] if token.get("action_mask")]
     assert {name for token in answer for name in token} == {"t", "id", "text", "action_mask", "old_logp", "advantage"}
@@ -193,7 +193,7 @@ def test_shown_numbers_are_cut_and_picked_with_their_rows_and_put_down_before_th
     assert width < experience.tokens_BT.shape[1]
     assert torch.equal(picked.shown_BT["kl"], experience.shown_BT["kl"][[3, 2], :width])
     assert [part.shown_BT["kl"].shape[0] for part in experience.split(4)] == [4, 2]
-    assert not experience.without_shown().shown_BT
+    assert not without_shown(experience).shown_BT
 
 
 def test_pieces_are_honest_about_bytes_specials_and_unknown_ids() -> None:

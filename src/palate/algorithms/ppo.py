@@ -19,6 +19,9 @@ class Algorithm(Choice):
     """PPO: clipped policy and value steps on advantages of a KL-penalised reward (Schulman 2017, Ziegler 2019)."""
 
     trains: ClassVar[tuple[str, ...]] = ("policy", "value")
+    moves: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[tuple[str, ...]] = ("reference",)
+    learns: ClassVar[type[Experience]] = Experience
     group: ClassVar[int] = 1
 
     kind: str = "ppo"
@@ -127,6 +130,9 @@ class Algorithm(Choice):
             "loss/value_avg": Term(error_N.sum(), "values", self.vf_coef),
         }
         return Loss(terms, self._seen(logp_BT.detach(), entropy_BT.detach(), value_BT.detach(), batch))
+
+    def after(self, cast: Cast, step: int) -> None:
+        """Nothing moves by itself."""
 
     def _state_after(self, mask_BT: Tensor, limit: int | None) -> Tensor:
         """The place behind each answer, where its score lands and a value is learnt; none behind one of full length.

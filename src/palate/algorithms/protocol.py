@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
-from palate.batches import Experience, Loss, Scored
+from palate.batches import Learnt, Loss, Scored
 from palate.cast import Cast
 
 
@@ -14,8 +15,19 @@ class Offline(Protocol):
     kind: str
     trains: ClassVar[tuple[str, ...]]
     """Roles that receive gradient."""
+    moves: ClassVar[tuple[str, ...]]
+    """Roles whose weights `after` moves without gradient (target heads, a moving reference); checkpoints keep them."""
     reads: ClassVar[str]
-    """The records it learns from: `demonstrations` or `rankings`."""
+    """The records it learns from: demonstrations, rankings, pairs, labels, returns or corrections."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Further roles that are played, without gradient: the reference, where there is one."""
+        ...
+
+    def survey(self, rows: Sequence[Any]) -> Sequence[Any]:
+        """The whole data set before training: refuse what cannot be learnt from, put rewards on one scale."""
+        ...
 
     def prepare(self, cast: Cast, raw: Any) -> Any:
         """No gradient; sees the whole batch."""
@@ -25,14 +37,26 @@ class Offline(Protocol):
         """Gradient; sums over rows."""
         ...
 
+    def after(self, cast: Cast, step: int) -> None:
+        """Called behind optimiser step `step` (from 1): what moves without gradient moves here."""
+        ...
+
 
 class Online(Protocol):
     """Learns from what the policy just said."""
 
     kind: str
     trains: ClassVar[tuple[str, ...]]
+    moves: ClassVar[tuple[str, ...]]
+    learns: ClassVar[type[Learnt]]
+    """What `prepare` returns."""
     group: int
     """Answers sampled per prompt."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Further roles that are played, without gradient: the reference, where there is one."""
+        ...
 
     @property
     def passes(self) -> int:
@@ -48,10 +72,14 @@ class Online(Protocol):
         """What is remembered between iterations, at the start."""
         ...
 
-    def prepare(self, cast: Cast, scored: Scored) -> Experience:
+    def prepare(self, cast: Cast, scored: Scored) -> Learnt:
         """No gradient; sees the whole rollout."""
         ...
 
-    def loss(self, cast: Cast, batch: Experience) -> Loss:
+    def loss(self, cast: Cast, batch: Any) -> Loss:
         """Gradient; sums over rows."""
+        ...
+
+    def after(self, cast: Cast, step: int) -> None:
+        """Called behind optimiser step `step` of the stage (from 1): what moves without gradient moves here."""
         ...

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -18,6 +19,8 @@ class Algorithm(Choice):
     """Reward model: Bradley–Terry on pairs, InstructGPT's ranking loss on K answers, or best-of-K of the 2019 work."""
 
     trains: ClassVar[tuple[str, ...]] = ("reward",)
+    moves: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[str] = "rankings"
 
     kind: str = "reward"
@@ -31,6 +34,10 @@ class Algorithm(Choice):
     """Weight of the squared sum of a pair's rewards, which keeps rewards near zero; 0 is off."""
     language_loss_coefficient: float = Field(default=0.0, ge=0)
     """Weight of next-token prediction on the answers beside the ranking; keeps the trunk reading them. 0 is off."""
+
+    def survey(self, rows: Sequence[Any]) -> Sequence[Any]:
+        """Any row will do."""
+        return rows
 
     def prepare(self, cast: Cast, raw: Comparisons) -> Comparisons:
         """Nothing has to be known beforehand."""
@@ -48,6 +55,9 @@ class Algorithm(Choice):
             nll_RT = losses.cross_entropy(cast.logp("reward", answers), answers.action_BT)
             terms["loss/language"] = Term(nll_RT.sum(), "tokens", self.language_loss_coefficient)
         return Loss(terms, _metrics(score_BK.detach(), batch))
+
+    def after(self, cast: Cast, step: int) -> None:
+        """Nothing moves by itself."""
 
     def _preference(self, score_BK: Tensor, batch: Comparisons) -> Tensor:
         if self.loss_type == "best_of":

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 from palate.batches import Examples, Loss, Mean, Term
 from palate.cast import Cast
@@ -14,12 +15,18 @@ class Algorithm(Choice):
     """Supervised fine-tuning: cross-entropy of demonstrated tokens, averaged over trained tokens or over rows."""
 
     trains: ClassVar[tuple[str, ...]] = ("policy",)
+    moves: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[str] = "demonstrations"
 
     kind: str = "sft"
     """Supervised fine-tuning."""
     average: Literal["token", "sequence"] = "token"
     """What weighs the same: each trained token of the batch, or each row."""
+
+    def survey(self, rows: Sequence[Any]) -> Sequence[Any]:
+        """Any row will do."""
+        return rows
 
     def prepare(self, cast: Cast, raw: Examples) -> Examples:
         """Nothing has to be known beforehand."""
@@ -37,3 +44,6 @@ class Algorithm(Choice):
         count = float(tokens_B.sum())
         accuracy = Mean(likeliest_BT.sum().float(), count)
         return Loss({"loss": term}, {"entropy": Mean(entropy_BT.sum(), count), "mean_token_accuracy": accuracy})
+
+    def after(self, cast: Cast, step: int) -> None:
+        """Nothing moves by itself."""

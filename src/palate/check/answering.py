@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from palate.algorithms import protocol
+from palate.batches import without_shown
 from palate.cast import Cast
 from palate.check import clock, examples, judges, memory
 from palate.check.arithmetic import Online
@@ -86,11 +87,11 @@ def first_update(stage: Stage, index: int, rehearsal: Rehearsal) -> Update:
     if setup is None or gathered.faults:
         raise PalateError(gathered.faults[0])
     trains, counter = setup.algorithm.trains, key(here.seed, stage.name)
-    cast = _seats.online_cast(setup.policy, setup.value, stage.layout, trains, counter, here)
+    cast = _seats.online_cast(setup.policy, setup.value, stage.layout, setup.algorithm, counter, here)
     judging = Judging(setup.reward, setup.watch, stage.shaping, stage.truncation, setup.policy.tokenizer, here.world)
     prompts = setup.first(max(1, min(AT_ONCE, setup.numbers.minibatch) // setup.algorithm.group))
     done = rehearse(stage, here, cast, judging, setup.records, prompts, twice=False)
-    batch = done.experience.without_shown()
+    batch = without_shown(done.experience)
     return Update(stage.name, cast, trains, batch, done.loss(cast), stage.microbatch_size, stage.optimiser)
 
 
@@ -213,9 +214,7 @@ def _plain(setup: _Setup, prompt: PromptRow) -> Example:
 def _with_cost(seen: Seen, setup: _Setup, seconds: float, measure: bool, gathered: Gathered) -> Seen:
     """What was seen, with memory and time, and with real answers as examples."""
     stage, here, algorithm = setup.stage, setup.here, setup.algorithm
-    cast = _seats.online_cast(
-        setup.policy, setup.value, stage.layout, algorithm.trains, key(here.seed, stage.name), here
-    )
+    cast = _seats.online_cast(setup.policy, setup.value, stage.layout, algorithm, key(here.seed, stage.name), here)
     parameters, held = memory.of_cast(cast, algorithm.trains, [judge for _, judge in setup.judges])
     if not measure:
         return replace(seen, memory=memory.memory(parameters, held, "counted; nothing was measured (--quick)"))

@@ -11,6 +11,7 @@ from torch import Tensor
 from palate.batches import Tokens
 from palate.check.found import Counts, Example, Piece
 from palate.data.encode import RankedRow, TokenRow
+from palate.data.encode_pairs import LabelRow, PairRow, RatedRow
 from palate.models.tokenizer import Tokenizer
 
 _PICTURES = {"\n": "⏎\n", "\t": "⇥"}
@@ -40,6 +41,23 @@ def example(
 def token_row(title: str, row: TokenRow, tokenizer: Tokenizer, width: int) -> Example:
     """A demonstration in a batch of `width` columns."""
     return example(title, row.tokens, row.trained, tokenizer, max(0, width - len(row.tokens)))
+
+
+def answer_rows(
+    title: str, row: TokenRow | PairRow | LabelRow | RatedRow, tokenizer: Tokenizer, width: int
+) -> list[Example]:
+    """A row as it is trained on, each of its answers with what was said of it."""
+    if isinstance(row, PairRow):
+        said = [f"{title}, chosen", f"{title}, rejected"]
+        shown = [token_row(name, one, tokenizer, width) for name, one in zip(said, row.rows, strict=True)]
+        marks = [sum(mark) for mark in row.corrected or ()]
+        notes = [f"{marked} of its tokens were changed by the correction" for marked in marks] or ["", ""]
+        return [replace(one, notes=(*one.notes, note)) if note else one for one, note in zip(shown, notes, strict=True)]
+    if isinstance(row, LabelRow):
+        return [token_row(f"{title}, thumb {'up' if row.label else 'down'}", row.row, tokenizer, width)]
+    if isinstance(row, RatedRow):
+        return [token_row(f"{title}, rated {row.rating:g}", row.row, tokenizer, width)]
+    return [token_row(title, row, tokenizer, width)]
 
 
 def ranked_row(title: str, row: RankedRow, tokenizer: Tokenizer, width: int) -> list[Example]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from palate.algorithms import protocol
-from palate.batches import Experience, Rollouts
+from palate.batches import Duels, Experience, Learnt, Rollouts
 from palate.cast import Cast
 from palate.check import clock, examples, judges, memory
 from palate.check.found import Counts, Example
@@ -39,7 +40,7 @@ class Rehearsed:
     stage: Stage
     prompts: Sequence[PromptRow]
     rollouts: Rollouts
-    experience: Experience
+    experience: Learnt
     seconds: Mapping[str, float]
 
     @property
@@ -61,6 +62,14 @@ class Rehearsed:
     def length(self) -> float:
         """Tokens of an answer on average."""
         return float(self.rollouts.length_B.float().mean())
+
+    @property
+    def _trained_BT(self) -> Tensor:
+        """The trained tokens of the rollout's rows; what learns from chosen answers marks all that were written."""
+        learnt = self.experience
+        if isinstance(learnt, Duels) or learnt.size != self.rollouts.size:
+            return self.rollouts.action_BT
+        return learnt.action_BT
 
     def loss(self, cast: Cast) -> Callable[[Any], Any]:
         """The stage's loss on a part of the experience."""
@@ -88,7 +97,7 @@ class Rehearsed:
         for row in list(range(0, self.rollouts.size, group))[:_SHOWN]:
             prompt = self.prompts[int(self.rollouts.prompt_B[row])]
             real = self.rollouts.real_BT[row]
-            ids, trained = self.rollouts.tokens_BT[row][real].tolist(), self.experience.action_BT[row][: len(real)]
+            ids, trained = self.rollouts.tokens_BT[row][real].tolist(), self._trained_BT[row][: len(real)]
             one = judged.select(torch.tensor([row]))
             answers = answers_of(one, self.prompts, tokenizer, [p.said or p.text for p in self.prompts])
             notes = [*self._notes(row, one, tokenizer), *judges.read_at(models, answers)]
@@ -104,8 +113,9 @@ class Rehearsed:
         limit = f"{LONGEST} tokens, the most that a check writes" if self.shortened else "max_new_tokens"
         how = "ends by itself" if ended else f"is cut at {limit}"
         yield f"the answer begins at token {action[0] + 1}, has {len(action)} tokens and {how}"
-        last = int(self.experience.action_BT[row].nonzero()[-1])
-        place = int(self.experience.value_mask_BT[row].nonzero()[-1])
+        last = int(self._trained_BT[row].nonzero()[-1])
+        learnt = self.experience
+        place = int(learnt.value_mask_BT[row].nonzero()[-1]) if isinstance(learnt, Experience) else last
         spelled = examples.spelling(tokenizer, int(self.rollouts.tokens_BT[row, last]))
         if place > last:
             yield f"the score lands on the state after token {last + 1}: {spelled}"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from palate.data.encode import Encoding, RankedRow, TokenRow
+from palate.data.encode import Encoding, TokenRow
 from palate.data.segments import stop_tokens
 from palate.models.tokenizer import Tokenizer
-
-Row = TokenRow | RankedRow
+from palate.stages import _rows
+from palate.stages._rows import Row
 
 MANY_LEFT_OUT = 0.1
 MOSTLY = 0.5
@@ -16,7 +16,7 @@ MOSTLY = 0.5
 
 def answers(rows: Sequence[Row]) -> list[TokenRow]:
     """Every token row: a ranking has one for each of its answers."""
-    return [one for row in rows for one in (row.rows if isinstance(row, RankedRow) else [row])]
+    return [one for row in rows for one in _rows.answers(row)]
 
 
 def faults(rows: Sequence[Row], tokenizer: Tokenizer) -> Iterator[str]:
@@ -25,7 +25,7 @@ def faults(rows: Sequence[Row], tokenizer: Tokenizer) -> Iterator[str]:
         return
     flat = answers(rows)
     ends = sum(row.tokens[-1] == tokenizer.pad for row in flat)
-    if ends and any(isinstance(row, RankedRow) for row in rows):
+    if ends and any(len(_rows.answers(row)) > 1 for row in rows):
         yield (
             f"data: {ends:,} of {len(flat):,} answers end in the padding token {_spelled(tokenizer)}, so their reward "
             "would be read on padding. Take the padding out of the data."

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from palate.algorithms import protocol
-from palate.batches import Comparisons, Rows, Tokens
+from palate.batches import Comparisons, Pairs, Rows, Tokens
 from palate.cast import Cast
 from palate.check import clock, examples, memory, rows
 from palate.check.arithmetic import Offline
@@ -81,7 +81,7 @@ def first_update(stage: Stage, index: int, rehearsal: Rehearsal) -> Update:
     if setup is None or gathered.faults:
         raise PalateError(gathered.faults[0])
     algorithm, counter = setup.algorithm, key(setup.here.seed, stage.name)
-    cast = _seats.offline_cast(setup.loaded, stage.layout, algorithm.trains[0], counter, setup.here)
+    cast = _seats.offline_cast(setup.loaded, stage.layout, algorithm, counter, setup.here)
     batch = _prepared(cast, algorithm, setup.batch(0))
     rows = stage.microbatch_size
     return Update(
@@ -167,7 +167,7 @@ def _judge(
 def _examples(setup: _Setup) -> tuple[tuple[Example, ...], Counts]:
     """The first rows of the first batch, and the counts of that batch."""
     tokenizer, batch = setup.loaded.tokenizer, setup.batch(0)
-    flat = batch.answers() if isinstance(batch, Comparisons) else batch
+    flat = batch.answers() if isinstance(batch, Comparisons | Pairs) else batch
     assert isinstance(flat, Tokens)
     width = flat.tokens_BT.shape[1]
     found: list[Example] = []
@@ -176,7 +176,7 @@ def _examples(setup: _Setup) -> tuple[tuple[Example, ...], Counts]:
         if isinstance(row, RankedRow):
             found += examples.ranked_row(title, row, tokenizer, width) if len(found) < _SHOWN else []
         else:
-            found.append(examples.token_row(title, row, tokenizer, width))
+            found += examples.answer_rows(title, row, tokenizer, width) if len(found) < _SHOWN else []
     return tuple(found), examples.of_batch(flat, tokenizer)
 
 
@@ -192,9 +192,7 @@ def _rules(setup: _Setup) -> tuple[str, ...]:
 
 def _cost(setup: _Setup, seconds: float, measure: bool) -> tuple[Memory, Time | None]:
     stage, algorithm = setup.stage, setup.algorithm
-    cast = _seats.offline_cast(
-        setup.loaded, stage.layout, algorithm.trains[0], key(setup.here.seed, stage.name), setup.here
-    )
+    cast = _seats.offline_cast(setup.loaded, stage.layout, algorithm, key(setup.here.seed, stage.name), setup.here)
     parameters, held = memory.of_cast(cast, algorithm.trains)
     if not measure:
         return memory.memory(parameters, held, "counted; activations were not measured (--quick)"), None

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from palate.batches import Comparisons, Examples
+from palate.batches import Comparisons, Examples, Labelled, Pairs, Trajectories
 from palate.data.encode import RankedRow, TokenRow
+from palate.data.encode_pairs import LabelRow, PairRow, RatedRow
 
 
 def examples(rows: Sequence[TokenRow], pad: int, length: int | None = None) -> Examples:
@@ -28,6 +29,56 @@ def comparisons(rows: Sequence[RankedRow], pad: int) -> Comparisons:
     return Comparisons(
         tokens_BKT=tokens, real_BKT=real, present_BK=present, rank_BK=ranks, margin_B=margin, action_BKT=action
     )
+
+
+def pairs(rows: Sequence[PairRow], pad: int) -> Pairs:
+    """Preference pairs: B × 2 rows, the chosen answer first."""
+    flat = [answer for row in rows for answer in row.rows]
+    tokens, real, action = (part.unflatten(0, (len(rows), 2)) for part in _padded(flat, pad, None))
+    marked = [mark for row in rows for mark in row.corrected or ([], [])]
+    return Pairs(
+        tokens_BKT=tokens,
+        real_BKT=real,
+        action_BKT=action,
+        probability_B=torch.tensor([row.probability for row in rows], dtype=torch.float32),
+        margin_B=torch.tensor([row.margin or 0.0 for row in rows], dtype=torch.float32),
+        corrected_BKT=_spread(marked, tokens.shape[-1]).bool().unflatten(0, (len(rows), 2)),
+        ref_logp_BKT=_known(rows, tokens.shape[-1]),
+    )
+
+
+def labelled(rows: Sequence[LabelRow], pad: int) -> Labelled:
+    """Answers with thumbs."""
+    tokens, real, action = _padded([row.row for row in rows], pad, None)
+    known = _known(rows, tokens.shape[-1])
+    return Labelled(
+        tokens, real, action, torch.tensor([row.label for row in rows]), None if known is None else known[:, 0]
+    )
+
+
+def trajectories(rows: Sequence[RatedRow], pad: int) -> Trajectories:
+    """Action sequences; each one's rating is the reward of its last action."""
+    tokens, real, action = _padded([row.row for row in rows], pad, None)
+    reward = torch.zeros(tokens.shape)
+    for i, row in enumerate(rows):
+        reward[i, max(t for t, said in enumerate(row.row.trained) if said)] = row.rating
+    return Trajectories(tokens, real, action, reward)
+
+
+def _known(rows: Sequence[PairRow] | Sequence[LabelRow], columns: int) -> Tensor | None:
+    """The reference's log-probabilities B×K×T where every row has them."""
+    known = [one for row in rows for one in row.reference or ()]
+    if any(row.reference is None for row in rows):
+        return None
+    return _spread(known, columns).unflatten(0, (len(rows), -1))
+
+
+def _spread(rows: Sequence[Sequence[float]], columns: int) -> Tensor:
+    """Numbers of ragged rows as R × `columns`, zeros behind them."""
+    found = torch.zeros(len(rows), columns)
+    for i, row in enumerate(rows):
+        found[i, : len(row)] = torch.tensor(row, dtype=torch.float32)
+    return found
 
 
 def _padded(rows: Sequence[TokenRow], pad: int, length: int | None) -> tuple[Tensor, Tensor, Tensor]:

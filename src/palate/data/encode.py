@@ -91,7 +91,7 @@ class RankedRow:
     margin: float | None
 
 
-R = TypeVar("R", TokenRow, PromptRow, RankedRow)
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Encoded(Generic[R]):
         return f"left out {sum(self.left_out.values())} of {total} records: {reasons}" if reasons else ""
 
 
-class _LeftOut(Exception):
+class LeftOut(Exception):
     """A record that the settings say to drop; the message is the reason."""
 
 
@@ -117,16 +117,15 @@ def encode_demonstrations(
     records: Iterable[Record], speaker: Speaker, encoding: Encoding, context: int | None = None
 ) -> Encoded[TokenRow]:
     """Rows for supervised fine-tuning. `context` is the model's longest sequence."""
-    encoder = _Encoder(speaker, encoding, context)
-    return _each(records, encoder.demonstration)
+    return each(records, Encoder(speaker, encoding, context).demonstration)
 
 
 def encode_rankings(
     records: Iterable[Record], speaker: Speaker, encoding: Encoding, context: int | None = None
 ) -> Encoded[RankedRow]:
     """Ranked rows for reward models and preference methods; only the answers' tokens are marked."""
-    encoder = _Encoder(speaker, encoding, context)
-    return _each(records, encoder.ranking)
+    encoder = Encoder(speaker, encoding, context)
+    return each(records, encoder.ranking)
 
 
 def encode_prompts(
@@ -136,7 +135,7 @@ def encode_prompts(
 
     A prompt that comes again gets another key, so its answers are drawn anew.
     """
-    encoder = _Encoder(speaker, encoding, context)
+    encoder = Encoder(speaker, encoding, context)
     encoder.longest_prompt = _least(encoding.max_prompt_length, encoder.longest)
     seen: Counter[str] = Counter()
 
@@ -147,31 +146,31 @@ def encode_prompts(
         key = name if seen[name] == 1 else f"{name}#{seen[name]}"
         return PromptRow(tokens, key, text, record.columns, record.prompt or text)
 
-    return _each(records, one)
+    return each(records, one)
 
 
 def trained_counts(
     records: Iterable[Record], speaker: Speaker, encoding: Encoding, context: int | None = None
 ) -> list[int]:
     """Trained tokens of each demonstration or ranking (of its poorest answer); 0 where it would be left out."""
-    encoder = _Encoder(speaker, encoding, context)
+    encoder = Encoder(speaker, encoding, context)
     counts: list[int] = []
     for record in records:
         try:
             rows = encoder.ranking(record).rows if isinstance(record, Ranking) else [encoder.demonstration(record)]
             counts.append(min(sum(row.trained) for row in rows))
-        except (_LeftOut, PalateError):
+        except (LeftOut, PalateError):
             counts.append(0)
     return counts
 
 
-def _each(records: Iterable[Record], encode: Callable[[Record], R]) -> Encoded[R]:
+def each(records: Iterable[Record], encode: Callable[[Record], R]) -> Encoded[R]:
     rows: list[R] = []
     left_out: Counter[str] = Counter()
     for number, record in enumerate(records):
         try:
             rows.append(encode(record))
-        except _LeftOut as reason:
+        except LeftOut as reason:
             left_out[str(reason)] += 1
         except PalateError as fault:
             excerpt = text_of(record.prompt)[:40] or text_of(getattr(record, "completion", ""))[:40]
@@ -182,7 +181,7 @@ def _each(records: Iterable[Record], encode: Callable[[Record], R]) -> Encoded[R
     return Encoded(rows, dict(left_out))
 
 
-class _Encoder:
+class Encoder:
     """One tokenizer and one way of encoding."""
 
     def __init__(self, speaker: Speaker, encoding: Encoding, context: int | None) -> None:
@@ -216,7 +215,7 @@ class _Encoder:
     def demonstration(self, record: Record) -> TokenRow:
         """A demonstration as a row, trained as `loss_on` says."""
         if not isinstance(record, Demonstration):
-            raise PalateError(f"expected a demonstration, got {_called(record)}. Name data of another format.")
+            raise PalateError(f"expected a demonstration, got {called(record)}. Name data of another format.")
         before, after = self._segments(record.prompt, record.completion)
         if self.encoding.loss_on == "assistant" and not isinstance(record.prompt, str):
             self._check_history(before, record.prompt)
@@ -231,15 +230,16 @@ class _Encoder:
     def ranking(self, record: Record) -> RankedRow:
         """A ranking as rows that share the prompt's ids."""
         if not isinstance(record, Ranking):
-            raise PalateError(f"expected ranked answers, got {_called(record)}. Name data of another format.")
+            raise PalateError(f"expected ranked answers, got {called(record)}. Name data of another format.")
         if "completion_tokens" in record.columns:
             stored = self._framed(record.columns["prompt_tokens"])
             answers = [self._stored(stored, ids) for ids in record.columns["completion_tokens"]]
         else:
-            answers = [self._answer(record.prompt, c) for c in record.completions]
+            answers = [self.answer(record.prompt, c) for c in record.completions]
         return RankedRow(record.key, answers, list(record.ranks), record.margin)
 
-    def _answer(self, prompt: Text, completion: Text) -> TokenRow:
+    def answer(self, prompt: Text, completion: Text) -> TokenRow:
+        """One answer behind its prompt, only its own tokens marked."""
         before, after = self._segments(prompt, completion)
         tokens, _ = self._prompt_ids(before, prompt)
         return self._row(tokens, [False] * len(tokens), after, lambda segment: segment.answer)
@@ -263,7 +263,7 @@ class _Encoder:
         start, end = (self._mark(spelled) for spelled in (self.encoding.query_start, self.encoding.query_end))
         kept = cut_sentence(self.encode(text), length, start, end)
         if not kept:
-            raise _LeftOut("texts without a place to begin or end a prompt")
+            raise LeftOut("texts without a place to begin or end a prompt")
         return self._fit_prompt(self._begun(self._framed(kept)), "")[0]
 
     def _framed(self, query: list[int]) -> list[int]:
@@ -336,7 +336,7 @@ class _Encoder:
             return tokens, list(range(len(tokens)))
         how = self.encoding.long_prompts
         if how == "drop":
-            raise _LeftOut(f"prompts longer than {limit} tokens")
+            raise LeftOut(f"prompts longer than {limit} tokens")
         if how == "cut_post" and (parts := query_fields(text)):
             fields, fmt, field = parts
             return tldr_query(fields, lambda t: self._begun(self.encode(t)), limit, fmt, field)[1], None
@@ -376,12 +376,12 @@ class _Encoder:
             if self.encoding.long_rows == "refuse":
                 raise PalateError(f"the row has {len(tokens)} tokens, {limit} fit. Set long_rows: cut or drop.")
             if self.encoding.long_rows == "drop":
-                raise _LeftOut(f"rows longer than {limit} tokens")
+                raise LeftOut(f"rows longer than {limit} tokens")
             tokens, trained = tokens[:limit], trained[:limit]
         if not any(trained):
             if self.encoding.untrained == "refuse":
                 raise PalateError("no token of this row would be trained. Shorten the prompt or allow more tokens.")
-            raise _LeftOut("rows without a trained token")
+            raise LeftOut("rows without a trained token")
         return TokenRow(tokens, trained)
 
 
@@ -395,6 +395,6 @@ def _least(*limits: int | None) -> int | None:
     return min((limit for limit in limits if limit is not None), default=None)
 
 
-def _called(record: Record) -> str:
+def called(record: Record) -> str:
     name = type(record).__name__.lower()
     return "a prompt without an answer" if name == "prompt" else f"{'an' if name[0] in 'aeiou' else 'a'} {name} record"

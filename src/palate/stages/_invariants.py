@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from palate.batches import Experience, Rollouts
+from palate.batches import Duels, Experience, Learnt, Rollouts
 from palate.cast import Cast
 from palate.engines.publication import CLOSE, Publication, fingerprints
 from palate.models.lora import bare_state
@@ -57,18 +57,30 @@ def canary(prompt: list[int], temperature: float, device: torch.device) -> Rollo
     return Rollouts(tokens_BT, real_BT, action_BT, nothing, done_B, done_B.long() * 0, 0, temperature)
 
 
-def require_finite(learnt: Experience) -> None:
+def require_finite(learnt: Learnt) -> None:
     """Raise NotFinite, with the batch, where what `prepare` made of a rollout is nan or infinite: once for all of it.
 
     Cells off the masks are read by nobody and may hold anything.
     """
-    asked = {"logp": learnt.action_BT, "advantage": learnt.action_BT}
-    asked |= {"value": learnt.value_mask_BT, "returns": learnt.value_mask_BT}
-    for name, mask_BT in asked.items():
-        said_N = getattr(learnt, f"{name}_BT")[mask_BT]
+    for name, numbers in vars(learnt).items():
+        if not (isinstance(numbers, Tensor) and numbers.is_floating_point()):
+            continue
+        said_N = numbers[_read_by_a_loss(learnt, name)] if name.endswith(("_BT", "_BKT")) else numbers
         broken = int((~said_N.isfinite()).sum())
         if broken:
-            raise Spoilt(f"{name}: {broken} of {said_N.numel()} numbers are not finite; no step was taken.", learnt)
+            raise Spoilt(
+                f"{name.rpartition('_')[0]}: {broken} of {said_N.numel()} numbers are not finite; no step was taken.",
+                learnt,
+            )
+
+
+def _read_by_a_loss(learnt: Learnt, name: str) -> Tensor:
+    """The mask of the cells of one field that a loss reads."""
+    if isinstance(learnt, Duels):
+        return learnt.action_BKT
+    if isinstance(learnt, Experience) and name in ("value_BT", "returns_BT"):
+        return learnt.value_mask_BT
+    return learnt.action_BT
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from palate.batches import Experience
+from palate.batches import Learnt
 
 _PREFIX = "lesson/"
 
@@ -23,7 +23,7 @@ class Lesson:
     """
 
     number: int
-    experience: Experience
+    experience: Learnt
     seen: dict[str, float]
     samples: list[dict[str, Any]]
     tokens: list[dict[str, Any]]
@@ -66,9 +66,11 @@ class Lesson:
         }
 
     @classmethod
-    def restored(cls, tensors: Mapping[str, Tensor], state: Mapping[str, Any], device: torch.device) -> Lesson:
-        """What `tensors` and `state` gave."""
+    def restored(
+        cls, learns: type[Learnt], tensors: Mapping[str, Tensor], state: Mapping[str, Any], device: torch.device
+    ) -> Lesson:
+        """What `tensors` and `state` gave; `learns` is the kind of batch the algorithm learns from."""
         mine = {name.removeprefix(_PREFIX): x.to(device) for name, x in tensors.items() if name.startswith(_PREFIX)}
         rest = dict(state)
         learnt = {name: rest.pop(name) for name in ("temperature", "memory", "metrics")}
-        return cls(experience=Experience(**mine, **learnt), **rest)
+        return cls(experience=learns(**mine, **learnt), **rest)

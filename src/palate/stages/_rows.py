@@ -20,14 +20,37 @@ from palate.data.encode import (
     encode_prompts,
     encode_rankings,
 )
+from palate.data.encode_pairs import (
+    LabelRow,
+    PairRow,
+    RatedRow,
+    encode_corrections,
+    encode_labels,
+    encode_pairs,
+    encode_returns,
+)
 from palate.data.source import Data
 from palate.models.tokenizer import Tokenizer
 from palate.records import Record, text_of
 from palate.workspace import Workspace
 
-Row = TokenRow | RankedRow
+Row = TokenRow | RankedRow | PairRow | LabelRow | RatedRow
 
-_ENCODERS: dict[str, Callable[..., Any]] = {"demonstrations": encode_demonstrations, "rankings": encode_rankings}
+_ENCODERS: dict[str, Callable[..., Any]] = {
+    "demonstrations": encode_demonstrations,
+    "rankings": encode_rankings,
+    "pairs": encode_pairs,
+    "labels": encode_labels,
+    "returns": encode_returns,
+    "corrections": encode_corrections,
+}
+_COLLATORS: dict[type, Callable[..., Rows]] = {
+    TokenRow: collate.examples,
+    RankedRow: collate.comparisons,
+    PairRow: collate.pairs,
+    LabelRow: collate.labelled,
+    RatedRow: collate.trajectories,
+}
 
 
 SKIPPED = "skipped_rows.jsonl"
@@ -97,15 +120,18 @@ def enough(prompts: list[PromptRow], count: int) -> list[PromptRow]:
 
 
 def length(row: Row) -> int:
-    """Tokens of the longest row."""
-    return len(row.tokens) if isinstance(row, TokenRow) else max(len(r.tokens) for r in row.rows)
+    """Tokens of its longest answer, prompt included."""
+    return max(len(one.tokens) for one in answers(row))
+
+
+def answers(row: Row) -> list[TokenRow]:
+    """The token rows of a row: one, or one for each of its answers."""
+    return [row] if isinstance(row, TokenRow) else row.rows
 
 
 def batch(rows: Sequence[Row], pad: int) -> Rows:
     """Rows as one batch, padded on the right."""
-    if isinstance(rows[0], TokenRow):
-        return collate.examples(cast(Sequence[TokenRow], rows), pad)
-    return collate.comparisons(cast(Sequence[RankedRow], rows), pad)
+    return _COLLATORS[type(rows[0])](rows, pad)
 
 
 def texts(records: Iterable[Record]) -> list[str]:

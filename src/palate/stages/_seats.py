@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import BeforeValidator, SerializeAsAny
 
+from palate.algorithms.protocol import Offline, Online
 from palate.cast import Cast, Layout, assemble
 from palate.data.segments import stop_tokens
 from palate.engines.engine import Sampling
@@ -88,17 +89,24 @@ def engine(cast: Cast, tokenizer: Tokenizer, sampling: Sampling, records: Sequen
     return LocalEngine(seat.trunk, tokenizer, sampling, adapter=seat.adapter, world=cast.world)
 
 
-def offline_cast(loaded: Loaded, layout: Layout, role: str, counter: int, here: Workspace) -> Cast:
-    """The one role that learns from data at rest."""
-    return assemble(layout, loaded, (role,), counter, world=here.world)
+def offline_cast(
+    loaded: Loaded, layout: Layout, algorithm: Offline, counter: int, here: Workspace, without: Sequence[str] = ()
+) -> Cast:
+    """Who learns from data at rest, and who else it takes, except for `without`: roles whose words are known."""
+    roles = [role for role in _roles(algorithm) if role not in without]
+    return assemble(layout, loaded, roles, counter, world=here.world)
 
 
 def online_cast(
-    loaded: Loaded, value: Loaded | None, layout: Layout, trains: Sequence[str], counter: int, here: Workspace
+    loaded: Loaded, value: Loaded | None, layout: Layout, algorithm: Online, counter: int, here: Workspace
 ) -> Cast:
-    """The policy, its frozen start as the reference, and whoever else trains."""
-    roles = tuple(dict.fromkeys(("policy", "reference", *trains)))
-    return assemble(layout, loaded, roles, counter, value, here.world)
+    """The policy, its frozen start as the reference where one is needed, and whoever else trains."""
+    return assemble(layout, loaded, _roles(algorithm), counter, value, here.world)
+
+
+def _roles(algorithm: Offline | Online) -> tuple[str, ...]:
+    first, *others = algorithm.trains
+    return tuple(dict.fromkeys((first, *algorithm.needs, *others, *algorithm.moves)))
 
 
 def keep(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from palate.algorithms.protocol import Offline, Online
 from palate.cast import Cast
 from palate.parallel import whole
 from palate.step import Stepper
@@ -17,7 +18,7 @@ def save(
     here: Workspace,
     number: int,
     cast: Cast,
-    trains: Sequence[str],
+    algorithm: Offline | Online,
     stepper: Stepper,
     more: Mapping[str, Tensor] | None = None,
     **state: Any,
@@ -27,7 +28,7 @@ def save(
     Every rank comes here; sharded tensors come together and rank 0 writes them. So a checkpoint is of no strategy and
     no number of ranks.
     """
-    tensors = {f"model/{name}": whole(tensor) for name, tensor in cast.state(trains).items()}
+    tensors = {f"model/{name}": whole(tensor) for name, tensor in cast.state(algorithm.trains, algorithm.moves).items()}
     tensors |= {f"optimiser/{name}": tensor for name, tensor in stepper.state().items()}
     said = {**state, "most_rows": stepper.most_rows}
     here.world.first(lambda: here.store.save(number, {**tensors, **(more or {})}, said) and None)

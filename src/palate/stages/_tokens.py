@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from palate.batches import Experience, Scored
+from palate.batches import Duels, Experience, Graded, Learnt, Scored
 from palate.data.encode import PromptRow
 from palate.models.tokenizer import Tokenizer
 
@@ -17,7 +17,7 @@ _OF_SAID_TOKENS = ("sampled_logp", "old_logp", "reference_logp", "kl", "advantag
 
 
 def table(
-    experience: Experience, scored: Scored, prompts: Sequence[PromptRow], tokenizer: Tokenizer, rows: int = 4
+    experience: Learnt, scored: Scored, prompts: Sequence[PromptRow], tokenizer: Tokenizer, rows: int = 4
 ) -> list[dict[str, Any]]:
     """The first answers of a rollout, the same that are samples, one mapping each with its `tokens`.
 
@@ -25,6 +25,8 @@ def table(
     where it is True. What the algorithm did not compute is absent.
     """
     rollouts, found = scored.rollouts, list[dict[str, Any]]()
+    if isinstance(experience, Duels) or experience.size != rollouts.size:  # its rows are not the rollout's
+        return found
     score, parts = _exact(scored.score_B), {name: _exact(part_B) for name, part_B in scored.parts.items()}
     for i in range(min(rows, experience.size)):
         about = {
@@ -39,9 +41,10 @@ def table(
     return found
 
 
-def _tokens(row: Experience, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+def _tokens(row: Experience | Graded, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
     """The cells of one row that anything is said about: its tokens, and the place behind them if it is learnt from."""
-    real, action, value_mask = (mask[0].tolist() for mask in (row.real_BT, row.action_BT, row.value_mask_BT))
+    valued_BT = row.value_mask_BT if isinstance(row, Experience) else torch.zeros_like(row.action_BT)
+    real, action, value_mask = (mask[0].tolist() for mask in (row.real_BT, row.action_BT, valued_BT))
     numbers = {name: _exact(x_BT[0]) for name, x_BT in _numbers(row).items()}
     for t in range(len(real)):
         if not (real[t] or value_mask[t]):
@@ -57,8 +60,10 @@ def _tokens(row: Experience, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
         yield token
 
 
-def _numbers(row: Experience) -> Mapping[str, Tensor]:
-    own = {"old_logp": row.logp_BT, "value": row.value_BT, "advantage": row.advantage_BT, "return": row.returns_BT}
+def _numbers(row: Experience | Graded) -> Mapping[str, Tensor]:
+    own = {"old_logp": row.logp_BT, "advantage": row.advantage_BT}
+    if isinstance(row, Experience):
+        own |= {"value": row.value_BT, "return": row.returns_BT}
     return {**own, **row.shown_BT}
 
 

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from palate import step
 from palate.algorithms.protocol import Online
-from palate.batches import Experience, Rollouts
+from palate.batches import Learnt, Rollouts, without_shown
 from palate.cast import Layout
 from palate.data.encode import Encoding, PromptRow
 from palate.data.source import Data
@@ -120,7 +120,7 @@ class _Loop:
         self.loaded = _seats.open_model(stage.model, here, "policy", stage.loading)
         value = _seats.open_model(stage.value_model, here, "value", stage.loading) if stage.value_model else None
         counter = key(here.seed, stage.name)
-        self.cast = _seats.online_cast(self.loaded, value, stage.layout, self.algorithm.trains, counter, here)
+        self.cast = _seats.online_cast(self.loaded, value, stage.layout, self.algorithm, counter, here)
         reward, watch = (_seats.at_hand(asked, here) for asked in (stage.reward, stage.watch))
         self.judging = Judging(
             reward or stage.reward, watch, stage.shaping, stage.truncation, self.loaded.tokenizer, here.world
@@ -145,7 +145,7 @@ class _Loop:
         self.last: dict[str, float] = dict(state.get("metrics", {}))
         self.guard = _guard.Guard(self.here, state, rate)
         pending = state.get("pending")
-        self.lesson = Lesson.restored(tensors, pending, self.cast.device) if pending else None
+        self.lesson = Lesson.restored(self.algorithm.learns, tensors, pending, self.cast.device) if pending else None
         self.saved = (self.done, self.lesson.position if self.lesson else 0)
 
     def go(self) -> None:
@@ -188,7 +188,7 @@ class _Loop:
         sampled = number == 1 or number % self.stage.sample_steps == 0 or number == self.stage.iterations
         return Lesson(
             number,
-            experience.without_shown(),
+            without_shown(experience),
             {**experience.metrics, **heard, **agreed, **_shape(scored.rollouts)},
             self.judging.table(scored, prompts) if sampled else [],
             _tokens.table(experience, scored, prompts, self.loaded.tokenizer) if sampled else [],
@@ -211,13 +211,19 @@ class _Loop:
             for minibatch in islice(minibatches, lesson.position % parts, None):
                 with self.here.stopper.held():
                     seen = self.guard.step(number, minibatch, lambda batch=minibatch: self._step(batch, rate))
+                    if seen is not None:
+                        self.algorithm.after(self.cast, self._steps(number, lesson.position))
                     if seen is not None and lesson.taken == 0:
                         _invariants.require_first_minibatch(seen, self.loaded.trunk.dtype, number)
                     lesson.add(seen)
         lesson.seconds += time.perf_counter() - started
 
-    def _step(self, minibatch: Experience, rate: float) -> dict[str, float]:
-        def loss(part: Experience) -> Any:
+    def _steps(self, number: int, position: int) -> int:
+        """Optimiser steps of the stage, the one at `position` of rollout `number` included."""
+        return (number - 1) * self.algorithm.passes * self.algorithm.minibatches + position + 1
+
+    def _step(self, minibatch: Learnt, rate: float) -> dict[str, float]:
+        def loss(part: Learnt) -> Any:
             return self.algorithm.loss(self.cast, part)
 
         return self.stepper.step(minibatch, loss, self.stage.microbatch_size, rate)
@@ -230,7 +236,7 @@ class _Loop:
             found = {**seen, "episode": float(number * stage.rollout_batch_size)}
             if lesson is not None:
                 self.memory = dict(lesson.experience.memory)
-                said = float(lesson.experience.action_BT.sum())
+                said = lesson.experience.counts()["tokens"]
                 found |= {"step_time": lesson.seconds, "tokens_per_second": said / max(lesson.seconds, 1e-9)}
             if self.guard.skipped:
                 found["steps_skipped"] = float(self.guard.skipped)
@@ -252,8 +258,7 @@ class _Loop:
         state = {"memory": self.memory, "metrics": self.last, "guard": self.guard.state()}
         pending = {"pending": self.lesson.state()} if self.lesson else {}
         more = self.lesson.tensors() if self.lesson else {}
-        trains = self.algorithm.trains
-        _state.save(self.here, self.done, self.cast, trains, self.stepper, more, **state, **pending)
+        _state.save(self.here, self.done, self.cast, self.algorithm, self.stepper, more, **state, **pending)
         self.saved = place
 
 

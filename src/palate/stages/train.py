@@ -19,7 +19,7 @@ from palate.models.make import Make
 from palate.randomness import key
 from palate.records import Record
 from palate.settings import Choice, PalateError, Stopped
-from palate.stages import _guard, _rows, _seats, _state
+from palate.stages import _guard, _reference, _rows, _seats, _state
 from palate.stages._normalise import Normalise, Scale, normalise
 from palate.stages._order import Order
 from palate.stages._seats import AnyAlgorithm
@@ -55,6 +55,9 @@ class Stage(Choice):
     """Rows (demonstrations, or prompts with their ranked answers) of one optimiser step."""
     microbatch_size: int = Field(default=8, ge=1)
     """Rows of one forward pass; changes memory, never the result."""
+    precompute_reference: bool = False
+    """Compute the reference's log-probabilities of all rows once, before training, and keep them on disk; the
+    reference then takes no memory."""
     group_by_length: bool = False
     """Draw rows of similar length into one batch: less padding, slightly less random order."""
     normalise: Normalise | None = None
@@ -98,13 +101,19 @@ class _Training:
         role, train = self.algorithm.trains[0], read[0]
         self.loaded = _seats.open_model(stage.model, here, role, stage.loading, texts=_rows.texts(train))
         encoder = (self.algorithm.reads, self.loaded.tokenizer, stage.encoding, self.loaded.trunk.context, here)
-        self.rows, self.held = (_rows.encode(records, *encoder) for records in read)
+        rows, held = (_rows.encode(records, *encoder) for records in read)
+        self.rows: Sequence[_rows.Row] = self.algorithm.survey(rows)
+        self.held: Sequence[_rows.Row] = held
         if len(self.rows) < stage.batch_size:
             raise PalateError(
                 f"{stage.name}: {len(self.rows)} rows do not fill one batch of {stage.batch_size}. "
                 "Lower batch_size or bring more data."
             )
-        self.cast = _seats.offline_cast(self.loaded, stage.layout, role, key(here.seed, stage.name), here)
+        counter = key(here.seed, stage.name)
+        known = ("reference",) if stage.precompute_reference else ()
+        self.cast = _seats.offline_cast(self.loaded, stage.layout, self.algorithm, counter, here, known)
+        if known:
+            self._precompute(role)
         lengths = [_rows.length(row) for row in self.rows]
         self.order = Order(lengths, stage.batch_size, stage.group_by_length, (here.seed, stage.name))
         self.steps = stage.max_steps or self.order.per_epoch * stage.num_train_epochs
@@ -115,6 +124,15 @@ class _Training:
         self._resume(rate)
         if stage.normalise is not None and stage.normalise.before and self.done == 0:
             normalise(stage.normalise, self.scale)
+
+    def _precompute(self, role: str) -> None:
+        """Give every row the reference's log-probabilities, while the weights are still the start's."""
+        if "reference" not in self.algorithm.needs or "reference" in self.algorithm.moves:
+            raise PalateError("precompute_reference: this algorithm has no fixed reference. Leave the setting out.")
+        rows = [*self.rows, *self.held]
+        pad, size = self.loaded.tokenizer.pad, self.stage.microbatch_size
+        found = _reference.known(rows, self.cast, role, pad, size, self.here)
+        self.rows, self.held = found[: len(self.rows)], found[len(self.rows) :]
 
     def _resume(self, rate: float) -> None:
         self.done, state, _ = _state.resume(self.here, self.cast, self.stepper)
@@ -161,6 +179,7 @@ class _Training:
             return self.algorithm.loss(self.cast, part)
 
         seen = self.stepper.step(prepared, loss, self.stage.microbatch_size, rate)
+        self.algorithm.after(self.cast, number)
         self.tokens += prepared.counts()["tokens"]
         return seen
 
@@ -169,7 +188,7 @@ class _Training:
         if self.done == self.saved or self.guard.in_a_row:
             return
         state = {"metrics": self.last, "tokens": self.tokens, "guard": self.guard.state()}
-        _state.save(self.here, self.done, self.cast, self.algorithm.trains, self.stepper, {}, **state)
+        _state.save(self.here, self.done, self.cast, self.algorithm, self.stepper, {}, **state)
         self.saved = self.done
 
     def _held(self, number: int) -> dict[str, float]:
@@ -178,7 +197,9 @@ class _Training:
             return {}
         size = self.stage.microbatch_size
         parts = [self._batch(self.held[i : i + size]) for i in range(0, len(self.held), size)]
-        found = step.evaluate(parts, lambda part: self.algorithm.loss(self.cast, part), self.here.world)
+        with torch.no_grad():
+            prepared = [self.algorithm.prepare(self.cast, part) for part in parts]
+        found = step.evaluate(prepared, lambda part: self.algorithm.loss(self.cast, part), self.here.world)
         return {f"eval/{name}": value for name, value in found.items()}
 
     def _batch(self, rows: Sequence[_rows.Row]) -> Rows:
