@@ -96,6 +96,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ["generate"],
         ["report"],
         ["show"],
+        ["rank"],
         ["data", "check"],
         ["list"],
         ["init"],

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import click
 
 from palate.cli_check import check
+from palate.cli_rank import rank
 from palate.cli_show import show
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -273,6 +274,9 @@ def report_verb(run: Path) -> None:
 
 
 main.command("show")(_told(show))
+
+
+main.command("rank", context_settings=_HELP)(_told(rank))
 
 
 @main.group("data")
