@@ -16,6 +16,7 @@ import click
 from palate.cli_check import check
 from palate.cli_rank import rank
 from palate.cli_show import show
+from palate.cli_sweep import SweepCommand, sweep
 
 F = TypeVar("F", bound=Callable[..., Any])
 _HELP: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
@@ -171,6 +172,7 @@ def _plan_one_stage(kind: str, name: str, algorithm: str | None, words: Sequence
 
 
 main.command("check", context_settings=_SETTINGS)(_told(check))
+main.command("sweep", cls=SweepCommand, context_settings=_SETTINGS)(_told(sweep))
 
 
 @main.command("sft", cls=_StageVerb, stage="train", algorithm="sft", context_settings=_SETTINGS)

@@ -22,7 +22,8 @@ LAYERS = (
     "parallel checkpoint models cast step data",
     "engines rewards judges evaluation diagnosis worlds algorithms",
     "stages run workspace stopping stage_folder tracking live provenance evidence",
-    "cli cli_check cli_rank cli_show check web door one_stage catalogue closing manual __init__ __main__",
+    "cli cli_check cli_rank cli_show cli_sweep sweep check web door one_stage "
+    "catalogue closing manual __init__ __main__",
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 # Verbs and the functions of the Python door are called like their algorithms; palate.train has a default.

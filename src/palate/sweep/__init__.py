@@ -1,0 +1,1 @@
+"""Sweeps: one recipe under several settings and several seeds, and what their comparison is worth."""
