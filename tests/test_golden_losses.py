@@ -1,13 +1,13 @@
 """The groups of tests/golden/losses.json that concern SFT, reward models and PPO, to 1e-9 in float64, 1e-5 in float32.
 
-`must_not` values are what named systems compute by mistake; they must be missed. `LATER` names the groups whose
-formulas are not part of the library yet; a group that is neither tested nor listed there fails the suite.
+`must_not` values are what named systems compute by mistake; they must be missed. The groups of the preference methods
+and of offline learning are in tests/losses. `ELSEWHERE` names the groups that are tested beside another part of the
+library, or whose formulas it does not have yet; a group that is neither tested nor listed there fails the suite.
 """
 
 from __future__ import annotations
 
 import ast
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -17,55 +17,28 @@ import torch
 from torch import Tensor
 
 from palate import credit, losses
+from tests.losses.golden import DTYPES, GOLDEN, close, gradient, group, tensor
 
-GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "losses.json").read_text())
-DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-LATER = {
-    "preference_losses": "the direct preference methods",
-    "preference_losses_step0": "the direct preference methods",
-    "kto": "the direct preference methods",
-    "orpo": "the direct preference methods",
-    "orpo_log1mexp": "the direct preference methods",
-    "ddpo_rlhfv": "the direct preference methods",
-    "ilql": "offline reinforcement learning",
-    "elo_bradley_terry": "ratings of judges and players",
-    "constitutional_ai": "feedback from AI",
-    "rft": "rejection sampling",
-    "llava_rlhf_reward": "vision rewards",
-    "mmhal": "vision evaluation",
-    "object_halbench": "vision evaluation",
-    "rouge": "tests/evaluation",
-    "quant4_and_lora": "quantised serving",
+ELSEWHERE = {
+    "elo_bradley_terry": "later: ratings of judges and players",
+    "constitutional_ai": "later: feedback from AI; its loss is in tests/losses",
+    "rft": "later: rejection sampling",
+    "llava_rlhf_reward": "later: vision rewards",
+    "mmhal": "later: vision evaluation",
+    "object_halbench": "later: vision evaluation",
+    "rouge": "tests/evaluation/test_text.py",
+    "quant4_and_lora": "later: quantised serving",
 }
 
 
-def group(name: str) -> dict[str, Any]:
-    return GOLDEN[name]
-
-
-def tensor(values: Any, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(values, dtype=dtype, requires_grad=True)
-
-
-def close(actual: Any, expected: Any) -> bool:
-    """Equal to 1e-9 in float64 and 1e-5 in float32, relative for numbers above 1."""
-    actual = torch.as_tensor(actual)
-    room = 1e-5 if actual.dtype == torch.float32 else 1e-9
-    expected = torch.as_tensor(expected, dtype=torch.float64)
-    assert actual.shape == expected.shape
-    return torch.allclose(actual.double(), expected, rtol=room, atol=room)
-
-
-def gradient(value: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(value, leaves, retain_graph=True)
-
-
 def test_every_group_is_tested_or_listed() -> None:
-    calls = [node for node in ast.walk(ast.parse(Path(__file__).read_text())) if isinstance(node, ast.Call)]
-    called = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "group"]
-    tested = {ast.literal_eval(call.args[0]) for call in called}
-    assert not tested & set(LATER)
-    assert tested | set(LATER) == set(GOLDEN) - {"_meta"}
+    tested: set[str] = set()
+    for path in Path(__file__).parent.rglob("test_golden_*.py"):
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        called = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "group"]
+        tested |= {ast.literal_eval(call.args[0]) for call in called if isinstance(call.args[0], ast.Constant)}
+    assert not (tested & set(GOLDEN)) & set(ELSEWHERE)
+    assert (tested | set(ELSEWHERE)) >= set(GOLDEN) - {"_meta"}
 
 
 # --- reward models ---------------------------------------------------------------------------------------------------
@@ -194,6 +167,16 @@ def test_cross_entropy_of_answers(dtype: torch.dtype) -> None:
     everything[:, 0] = False
     unmasked = losses.cross_entropy(logp, everything).sum() / everything.sum()
     assert close(unmasked, wrong["no_mask_trains_on_prompt_and_pad"])  # so the mask is what makes the difference
+
+
+@DTYPES
+def test_two_ways_to_mix_pretraining_in(dtype: torch.dtype) -> None:
+    expected = group("sft_ptx_cross_entropy")["expected"]
+    pretraining = torch.tensor(expected["token_mean"], dtype=dtype)
+    added, convex = expected["ppo_ptx_instructgpt_total"], expected["ppo_ptx_coati_convex"]
+    objective = torch.tensor(added["ppo_loss"], dtype=dtype)
+    assert close(losses.added_mix(objective, pretraining, added["gamma"]), added["value"])
+    assert close(losses.convex_mix(objective, pretraining, convex["ptx_coef"]), convex["value"])
 
 
 # --- PPO -------------------------------------------------------------------------------------------------------------
