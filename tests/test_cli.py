@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from palate.catalogue import methods
 from palate.cli import main
 
 TINY = "{hidden_size: 32, layers: 1, heads: 2, vocabulary: 300, context: 64}"
@@ -89,9 +90,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "words",
     [
         ["run"],
-        ["sft"],
-        ["reward"],
-        ["ppo"],
+        *([name] for name in methods()),
         ["evaluate"],
         ["generate"],
         ["report"],

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeGuard
 
 from palate.settings import PalateError, nearest
 
@@ -31,6 +33,34 @@ def listing(topic: str) -> dict[str, str]:
 
         return {f.name: f.shape for f in FORMATS}
     raise PalateError(f"nothing is called {topic!r}.{nearest(topic, TOPICS)} Known: {', '.join(TOPICS)}.")
+
+
+@dataclass(frozen=True)
+class Method:
+    """An algorithm as its verb presents it, read from its source: the stage it runs in and the data it reads."""
+
+    name: str
+    meaning: str
+    stage: Literal["train", "online"]
+    reads: str
+
+
+def methods() -> dict[str, Method]:
+    """Every algorithm that ships. One with `learns` learns from the policy's own answers."""
+    found: dict[str, Method] = {}
+    for path in _modules("algorithms"):
+        for node in _parsed(path).body:
+            if isinstance(node, ast.ClassDef) and node.name == "Algorithm":
+                named = {n.target.id: n.value for n in node.body if isinstance(n, ast.AnnAssign) and _is_name(n.target)}
+                reads = named.get("reads")
+                text = reads.value if isinstance(reads, ast.Constant) else "data"
+                stage = "online" if "learns" in named else "train"
+                found[path.stem] = Method(path.stem, _first_line(node), stage, str(text))
+    return found
+
+
+def _is_name(node: ast.expr) -> TypeGuard[ast.Name]:
+    return isinstance(node, ast.Name)
 
 
 def recipes() -> Mapping[str, Path]:

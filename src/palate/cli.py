@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import click
 
+from palate.catalogue import Method, methods
 from palate.cli_check import check
 from palate.cli_rank import rank
 from palate.cli_show import show
@@ -28,6 +29,16 @@ class _Verbs(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The verbs, those that teach by one method apart from the rest."""
+        teach = {name for name, verb in self.commands.items() if getattr(verb, "algorithm", None)}
+        for title, chosen in (("Commands", set(self.commands) - teach), ("One method, one stage", teach)):
+            with formatter.section(title):
+                shown = [
+                    (n, v.get_short_help_str(formatter.width - 14)) for n, v in self.commands.items() if n in chosen
+                ]
+                formatter.write_dl(shown)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -175,48 +186,42 @@ main.command("check", context_settings=_SETTINGS)(_told(check))
 main.command("sweep", cls=SweepCommand, context_settings=_SETTINGS)(_told(sweep))
 
 
-@main.command("sft", cls=_StageVerb, stage="train", algorithm="sft", context_settings=_SETTINGS)
-@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[key=value ...]")
-@_told
-def sft_verb(words: Sequence[str]) -> None:
-    """Teach a model by demonstration. Needs model= and data=.
-
-    \b
-    Example:
-      palate sft model=gpt2 data=demonstrations.jsonl learning_rate=1e-5 num_train_epochs=2
-      palate sft --config sft.yaml --name first
-    """
-    _one_stage("train", "sft", "sft", words)
+_FILES = {
+    "demonstrations": "demonstrations.jsonl",
+    "rankings": "pairs.jsonl",
+    "pairs": "pairs.jsonl",
+    "labels": "thumbs.jsonl",
+    "returns": "rated.jsonl",
+    "corrections": "corrections.jsonl",
+}
 
 
-@main.command("reward", cls=_StageVerb, stage="train", algorithm="reward", context_settings=_SETTINGS)
-@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[key=value ...]")
-@_told
-def reward_verb(words: Sequence[str]) -> None:
-    """Train a reward model on preferences. Needs model= and data=.
+def _method_verb(method: Method) -> None:
+    """The verb of one algorithm: a run of one stage."""
+    online = method.stage == "online"
+    needs = "model=, reward= and prompts=" if online else f"model= and data= ({method.reads})"
+    given = f"data={_FILES.get(method.reads, 'data.jsonl')}"
+    if online:
+        given = "reward=runs/reward/1-reward/model prompts=prompts.jsonl"
+    model = "gpt2" if method.name == "sft" else "runs/sft/1-sft/model"
+    note = "\n\nreward= is a reward model's folder, or a Python function as module:function." if online else ""
 
-    \b
-    Example:
-      palate reward model=runs/sft/1-sft/model data=pairs.jsonl batch_size=16
-      palate reward --config reward.yaml
-    """
-    _one_stage("train", "reward", "reward", words)
+    def verb(words: Sequence[str]) -> None:
+        _one_stage(method.stage, method.name, method.name, words)
+
+    verb.__doc__ = (
+        f"{method.meaning}\n\nNeeds {needs}.{note}\n\n\b\nExample:\n"
+        f"  palate {method.name} model={model} {given} learning_rate=1e-5\n"
+        f"  palate {method.name} --config {method.name}.yaml --name first\n"
+    )
+    words = click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[key=value ...]")
+    main.command(method.name, cls=_StageVerb, stage=method.stage, algorithm=method.name, context_settings=_SETTINGS)(
+        words(_told(verb))
+    )
 
 
-@main.command("ppo", cls=_StageVerb, stage="online", algorithm="ppo", context_settings=_SETTINGS)
-@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[key=value ...]")
-@_told
-def ppo_verb(words: Sequence[str]) -> None:
-    """Train a policy by PPO. Needs model=, reward= and prompts=.
-
-    reward= is a reward model's folder, or a Python function as module:function.
-
-    \b
-    Example:
-      palate ppo model=runs/sft/1-sft/model reward=runs/reward/1-reward/model prompts=prompts.jsonl kl_coef=0.1
-      palate ppo --config ppo.yaml --total-episodes 2000
-    """
-    _one_stage("online", "ppo", "ppo", words)
+for _method in sorted(methods().values(), key=lambda m: (m.name != "sft", m.stage == "online", m.name)):
+    _method_verb(_method)
 
 
 @main.command("evaluate", cls=_StageVerb, stage="evaluate", context_settings=_SETTINGS)
