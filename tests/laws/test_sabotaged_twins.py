@@ -9,75 +9,34 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from palate import credit, losses
+from tests.laws.offline_claims import CLAIMS as OFFLINE
+from tests.laws.preference_claims import CLAIMS as PREFERENCE
+from tests.laws.twins import (
+    MASK,
+    Claim,
+    Formula,
+    altered,
+    cells,
+    claim,
+    doubles,
+    equal,
+    filled,
+    nls,
+    pair_of,
+    random,
+    swapped,
+    with_argument,
+)
 
-Formula = Callable[..., Any]
 NOT_FORMULAS = {"widen", "bounded"}  # precision and range: tests/losses/test_losses.py
-
-
-class Claim(NamedTuple):
-    """One formula, the check that knows its definition, and the twins that the check has to reject."""
-
-    formula: Formula
-    check: Callable[[Formula], None]
-    twins: Mapping[str, Formula]
-
-
-def sign_flipped(formula: Formula) -> Formula:
-    return lambda *args, **more: -formula(*args, **more)
-
-
-def with_argument(formula: Formula, name: str, change: Callable[[Any], Any]) -> Formula:
-    """The formula with one of its arguments altered on the way in."""
-
-    def twin(*args: Any, **more: Any) -> Any:
-        bound = inspect.signature(formula).bind(*args, **more)
-        bound.apply_defaults()
-        bound.arguments[name] = change(bound.arguments[name])
-        return formula(*bound.args, **bound.kwargs)
-
-    return twin
-
-
-def swapped(formula: Formula) -> Formula:
-    return lambda first, second, *args, **more: formula(second, first, *args, **more)
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def doubles(values: Sequence[float]) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def equal(actual: Any, expected: Any) -> None:
-    torch.testing.assert_close(torch.as_tensor(actual), torch.as_tensor(expected), rtol=1e-9, atol=1e-9)
-
-
-MASK = torch.tensor([[0, 1, 1, 0, 1, 0], [1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 0, 0]]).bool()
-"""Late starts, gaps and unequal lengths; row 2 has a single token."""
-
-
-def filled(x: Tensor, value: float = 7.5) -> Tensor:
-    """Garbage, finite so that a dropped mask shows as a wrong number, in the cells off the mask."""
-    return x.masked_fill(~MASK, value)
-
-
-def cells(row: int) -> list[int]:
-    return MASK[row].nonzero()[:, 0].tolist()
-
-
-def nls(x: float) -> float:
-    """−log σ(x), from the definition."""
-    return -math.log(1 / (1 + math.exp(-x)))
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------
@@ -121,16 +80,19 @@ def check_cross_entropy(cross_entropy: Formula) -> None:
 
 def check_clipped_surrogate(clipped_surrogate: Formula) -> None:
     new, old, advantage = random(40, seed=1), random(40, seed=2), random(40, seed=3)
-    for high in (None, 0.5):
+    for high, dual in ((None, None), (0.5, None), (0.5, 1.6)):
         above, expected = high or 0.2, []
         for n, o, a in zip(new.tolist(), old.tolist(), advantage.tolist(), strict=True):
             ratio = math.exp(n) / math.exp(o)
-            expected.append(-min(ratio * a, max(0.8, min(1 + above, ratio)) * a))
-        equal(clipped_surrogate(new, old, advantage, 0.2, high), doubles(expected))
+            gain = min(ratio * a, max(0.8, min(1 + above, ratio)) * a)
+            expected.append(-max(gain, dual * a) if dual and a < 0 else -gain)
+        equal(clipped_surrogate(new, old, advantage, 0.2, high, dual), doubles(expected))
 
 
-def optimistic_surrogate(new: Tensor, old: Tensor, advantage: Tensor, clip: float, high: float | None) -> Tensor:
-    return -losses.clipped_surrogate(new, old, -advantage, clip, high)
+def optimistic_surrogate(
+    new: Tensor, old: Tensor, advantage: Tensor, clip: float, high: float | None, dual: float | None
+) -> Tensor:
+    return -losses.clipped_surrogate(new, old, -advantage, clip, high, dual)
 
 
 def check_clipped_value_error(clipped_value_error: Formula) -> None:
@@ -283,26 +245,6 @@ def check_gain_and_bias(gain_and_bias: Formula) -> None:
     assert gain > 0
 
 
-def pair_of(change: Callable[[Any, Any], Any], formula: Formula) -> Formula:
-    return lambda *args, **more: change(*formula(*args, **more))
-
-
-def claim(formula: Formula, check: Callable[[Formula], None], mask: str = "", **twins: Formula) -> Claim:
-    """Every formula's twins: its sign flipped, its mask and its clip gone where it has them, and its own mistakes."""
-    if mask:
-        twins["mask_dropped"] = with_argument(formula, mask, torch.ones_like)
-    if "clip" in inspect.signature(formula).parameters:
-        twins["clip_removed"] = with_argument(formula, "clip", lambda _: math.inf)
-    return Claim(formula, check, {"sign_flipped": sign_flipped(formula), **twins})
-
-
-def altered(formula: Formula, **changes: Any) -> Formula:
-    """The formula with some arguments always set to these values."""
-    for name, value in changes.items():
-        formula = with_argument(formula, name, lambda _, value=value: value)
-    return formula
-
-
 TRUNCATIONS = {
     "found flipped": pair_of(lambda cut, found: (cut, ~found), credit.truncate_after),
     "after ignored": altered(credit.truncate_after, after=0),
@@ -321,6 +263,7 @@ CLAIMS = [
         losses.clipped_surrogate,
         check_clipped_surrogate,
         symmetric=altered(losses.clipped_surrogate, clip_high=None),
+        clipped_once=altered(losses.clipped_surrogate, dual_clip=None),
         optimistic=optimistic_surrogate,
         upside_down=swapped(losses.clipped_surrogate),
     ),
@@ -366,6 +309,8 @@ CLAIMS = [
     claim(credit.missing_eos_penalty, check_missing_eos_penalty, "finished_B"),
     Claim(credit.truncate_after, check_truncate_after, TRUNCATIONS),
     Claim(credit.gain_and_bias, check_gain_and_bias, SCALES),
+    *PREFERENCE,
+    *OFFLINE,
 ]
 TWINS = [
     pytest.param(c, twin, id=f"{c.formula.__name__}: {name.replace('_', ' ')}")
