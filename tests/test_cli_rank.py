@@ -110,6 +110,7 @@ def test_an_export_is_read_as_ratings(ranked: Path, tmp_path: Path) -> None:
     ("words", "told"),
     [
         (["missing.jsonl"], "no such file"),
+        (["someone/votes"], "no such file or folder"),
         (["VOTES", "--players", "p0, p1, p2, p33"], "'p3' is not among the players. Did you mean"),
         (["VOTES", "--export", "rated.csv"], "Name it rated.jsonl."),
         (["VOTES", "--export", "nowhere/rated.jsonl"], "there is no folder nowhere"),

@@ -20,7 +20,7 @@ from palate import credit, losses
 from tests.losses.golden import DTYPES, GOLDEN, close, gradient, group, tensor
 
 ELSEWHERE = {
-    "elo_bradley_terry": "later: ratings of judges and players",
+    "elo_bradley_terry": "tests/judges/test_ratings.py",
     "constitutional_ai": "later: feedback from AI; its loss is in tests/losses",
     "rft": "later: rejection sampling",
     "llava_rlhf_reward": "later: vision rewards",

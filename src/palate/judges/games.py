@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from palate.data.formats import BY_NAME, BadRow, Row, detect
 from palate.data.formats.row import listed
-from palate.data.source import Part, open_rows
+from palate.data.source import Data, Part, open_rows
 from palate.judges.ratings import Game
 from palate.records import Ranking
 from palate.settings import PalateError, nearest
@@ -78,6 +78,8 @@ def read_league(path: str, known: Sequence[str] = ()) -> League:
 
     `known` closes the list of players: any other name is then a fault. PalateError names the row and the next move.
     """
+    if not Data(path=path).files():  # what else is read elsewhere by such a name lies on the hub
+        raise PalateError(f"{path}: no such file or folder. Check the path.")
     meetings = [_meeting(row) for row in open_rows(Part(path=path))]
     names = tuple(known) or tuple(sorted({name for m in meetings for name in m.players}))
     for m in meetings:
