@@ -239,6 +239,8 @@ class Draws(Settings):
     """Which world: another number has another reference and another reward."""
     temperature: float = Field(default=1.0, gt=0)
     """Noise of the labels: y is preferred to y′ with probability sigmoid((r(y) − r(y′)) / temperature)."""
+    soft: bool = False
+    """Pairs only: say how likely the choice was, for losses that weigh both orders by it (exact labels)."""
     best_of: int = Field(default=1, ge=1)
     """Demonstrations only: each is the best of this many answers of the reference."""
 
@@ -247,7 +249,8 @@ def records(shape: str, rows: int, seed: int, **options: object) -> list[Record]
     """`rows` records of one shape, a pure function of the arguments; `options` are the fields of `Draws`.
 
     Answers are drawn from the exact law of the reference. The first n rows of a longer call equal a call for n.
-    Prompts come in turn and all else by chance, both with repetition, for the laws of sampling are the point.
+    Prompts come in turn and all else by chance, both with repetition, for the laws of sampling are the point. Each
+    draw is a group of its own, so that rows held out follow the same law.
     """
     draws = parse(Draws, options, "world enumerable")
     if shape not in SHAPES:
@@ -306,20 +309,27 @@ def _demonstrations(sampler: _Sampler, row: int, seed: int) -> Iterator[Record]:
     prompt = int(rng.integers(tree.PROMPTS))
     drawn = [sampler.answer(prompt, rng) for _ in range(sampler.draws.best_of)]
     best = max(drawn, key=lambda answer: float(sampler.world.reward_PK[prompt, answer]))
-    yield Demonstration(LETTERS[prompt], sampler.columns, completion=_text(best))
+    yield Demonstration(LETTERS[prompt], sampler.columns, f"row {row}", completion=_text(best))
 
 
 def _pairs(sampler: _Sampler, row: int, seed: int) -> Iterator[Record]:
     prompt, chosen, rejected, probability = sampler.pair(row, seed)
     columns = {**sampler.columns, "probability": probability}
-    yield preference(LETTERS[prompt], _text(chosen), _text(rejected), columns=columns)
+    yield preference(
+        LETTERS[prompt],
+        _text(chosen),
+        _text(rejected),
+        probability=probability if sampler.draws.soft else None,
+        columns=columns,
+        group=f"row {row}",
+    )
 
 
 def _labelled(sampler: _Sampler, row: int, seed: int) -> Iterator[Record]:
     """The two answers of a pair, one with a thumb up and one with a thumb down."""
     prompt, chosen, rejected, _ = sampler.pair(row, seed)
     for answer, label in ((chosen, True), (rejected, False)):
-        yield Unpaired(LETTERS[prompt], sampler.columns, completion=_text(answer), label=label)
+        yield Unpaired(LETTERS[prompt], sampler.columns, f"row {row}", completion=_text(answer), label=label)
 
 
 def _rated(sampler: _Sampler, row: int, seed: int) -> Iterator[Record]:
@@ -327,7 +337,7 @@ def _rated(sampler: _Sampler, row: int, seed: int) -> Iterator[Record]:
     prompt = int(rng.integers(tree.PROMPTS))
     answer = sampler.answer(prompt, rng)
     rating = float(sampler.world.reward_PK[prompt, answer])
-    yield Rated(LETTERS[prompt], sampler.columns, completion=_text(answer), rating=rating)
+    yield Rated(LETTERS[prompt], sampler.columns, f"row {row}", completion=_text(answer), rating=rating)
 
 
 SHAPES: dict[str, Callable[[_Sampler, int, int], Iterator[Record]]] = {
