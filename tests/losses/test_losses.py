@@ -57,7 +57,46 @@ def masked_centring(mask: Tensor, scores: Tensor) -> Tensor:
     return losses.centring(scores, mask)
 
 
-MASKED = [masked_cross_entropy, masked_surrogate, masked_value_error, masked_ranking, masked_centring]
+def masked_sum(mask: Tensor, logp: Tensor) -> Tensor:
+    return losses.answer_logp(logp, mask)
+
+
+def masked_mean(mask: Tensor, logp: Tensor) -> Tensor:
+    return losses.answer_logp(logp, mask, average=True)
+
+
+def masked_shared_length(mask: Tensor, logp: Tensor) -> Tensor:
+    return losses.ld_logp(logp, mask, torch.tensor([2, 3]), 0.4)
+
+
+def masked_spans(mask: Tensor, logp: Tensor) -> Tensor:
+    return losses.ddpo_score(logp, mask, mask.long().cumsum(-1) % 2 == 0, 1.7)
+
+
+def masked_sequence_ratio(mask: Tensor, logp: Tensor, old: Tensor) -> Tensor:
+    return losses.sequence_log_ratio(logp, old, mask) + 0 * losses.keep(old, mask)  # a leaf without a gradient
+
+
+def masked_q_learning(mask: Tensor, value: Tensor, q: Tensor, other: Tensor, reward: Tensor, logp: Tensor) -> Tensor:
+    heads, targets = torch.stack([q, other, q - other], -1), torch.stack([other, q, q + other], -1)
+    after = losses.next_value(value, mask)
+    found = losses.ilql(heads, targets, value, after, reward, logp, mask, 0.7, 0.9, 0.1, 1.0, 0.5, mask.long())
+    return found["total"] + 0 * losses.keep(reward, mask)  # a leaf without a gradient
+
+
+MASKED = [
+    masked_cross_entropy,
+    masked_surrogate,
+    masked_value_error,
+    masked_ranking,
+    masked_centring,
+    masked_sum,
+    masked_mean,
+    masked_shared_length,
+    masked_spans,
+    masked_sequence_ratio,
+    masked_q_learning,
+]
 
 
 def inputs_of(formula: Formula, rows: int) -> list[Tensor]:

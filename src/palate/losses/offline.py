@@ -51,7 +51,7 @@ def ilql(
     target_HNA = [q_BTA[here_BT] for q_BTA in _heads(target_q_BTA, mask_BT.dim())]
     bellman_N = (widen(reward_BT[here_BT]) + gamma * widen(next_v_BT[here_BT])).detach()
     u_N = _least(target_HNA, action_N).detach() - v_N
-    weight_N = bounded(beta * u_N, u_N).exp().detach()
+    weight_N = bounded(beta * u_N, v_BT, logp_BT).exp().detach()
     terms_N = {
         "q": torch.stack([(_taken(q_NA, action_N) - bellman_N).square() for q_NA in q_HNA]).sum(0),
         "v": expectile_error(u_N, tau),

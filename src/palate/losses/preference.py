@@ -210,7 +210,7 @@ def discopop(
     where a pair that is far out cannot turn into ∞ · 0.
     """
     gap = beta * _gain(chosen, rejected, ref_chosen, ref_rejected)
-    exponential = bounded(F.logsigmoid(gap / tau) - gap, gap).exp()
+    exponential = bounded(F.logsigmoid(gap / tau) - gap, chosen, rejected).exp()
     return (-gap / tau).sigmoid() * _nls(gap) + exponential
 
 
@@ -246,20 +246,20 @@ def f_dpo(
     KL (α = 1). ValueError for a divergence without a name here, or α outside [0, 1].
     """
     up, down = _rewards(chosen, rejected, ref_chosen, ref_rejected, 1.0)
-    slopes = [_slope(u, divergence, alpha) for u in (up, down)]
+    slopes = [_slope(u, divergence, alpha, own) for u, own in ((up, chosen), (down, rejected))]
     return _nls(beta * (slopes[0] - slopes[1]))
 
 
-def _slope(log_ratio: Tensor, divergence: str, alpha: float) -> Tensor:
-    """f′ of π/π_ref, from its logarithm."""
+def _slope(log_ratio: Tensor, divergence: str, alpha: float, source: Tensor) -> Tensor:
+    """f′ of π/π_ref, from its logarithm; exponentials stay inside the number type of `source`."""
     if divergence == "reverse_kl" or (divergence == "alpha" and alpha == 0):
         return log_ratio
     if divergence == "forward_kl":
-        return -bounded(-log_ratio, log_ratio).exp()
+        return -bounded(-log_ratio, source).exp()
     if divergence == "js":
         return F.logsigmoid(log_ratio)
     if divergence == "alpha" and 0 < alpha <= 1:
-        return -torch.expm1(bounded(-alpha * log_ratio, log_ratio)) / alpha
+        return -torch.expm1(bounded(-alpha * log_ratio, source)) / alpha
     raise ValueError(
         f"no divergence is called {divergence!r} with alpha {alpha}: reverse_kl, forward_kl, js, alpha 0…1"
     )
