@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from rich.console import Console
+from rich.table import Table
+
 from palate.live import Display
 from palate.run import held
 from palate.settings import PalateError
@@ -55,12 +58,18 @@ class _Measured:
         return f"{self.measure.metric} {'not finite' if value is None else f'{value:.4g}'}"
 
 
+def _show(table: Table, console: Console) -> None:
+    """A terminal gets columns that fit it; a file or a pipe gets all of them, however long the lines."""
+    whole = console.measure(table, options=console.options.update(width=1000)).maximum
+    console.print(table, width=None if console.is_terminal else whole, crop=console.is_terminal)
+
+
 def _close(sweep: Sweep, measure: Measure, failures: Mapping[str, str], display: Display) -> None:
     found = compare(sweep, measure, failures)
     page = report.write(found, sweep.folder)
     better = "more" if measure.goal == "max" else "less"
     display.say(f"compared by {measure.metric} ({better} is better):")
-    display.console.print(report.terminal(found))
+    _show(report.terminal(found), display.console)
     for sentence in summary(found):
         display.say(sentence)
     display.say(f"report: {page}")

@@ -80,6 +80,7 @@ class Sweep:
         if before:
             refuse_another(self.folder, before, self.space)
             return
+        self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.stored_recipe, self.recipe.read_text(encoding="utf-8"))
         write_json(self.folder / MEMORY, self.space)
 

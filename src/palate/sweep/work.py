@@ -37,6 +37,12 @@ class _AtWork:
     said: int
     began: float = field(default_factory=time.monotonic)
 
+    def close(self) -> None:
+        """The process has ended: let its pipe and its log go."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.log.close()
+
 
 def work(sweep: Sweep, jobs: int, display: Display, finished: Callable[[Run], str]) -> dict[str, str]:
     """Make every run that is not done, `jobs` at a time; returns why each failed one did, by name.
@@ -117,9 +123,7 @@ class _Crew:
         """See which processes have ended, and how."""
         for at in [a for a in self.busy if a.process.poll() is not None]:
             self.busy.remove(at)
-            at.log.close()
-            assert at.process.stdin is not None
-            at.process.stdin.close()
+            at.close()
             if at.process.returncode:
                 self._fail(at.run, _reason(at.process.returncode, at.run.folder / LOG, at.said))
             else:
@@ -144,7 +148,7 @@ class _Crew:
             at.process.send_signal(signal.SIGTERM)
         for at in self.busy:
             at.process.wait()
-            at.log.close()
+            at.close()
 
 
 def environment(jobs: int, given: Mapping[str, str]) -> dict[str, str]:
