@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -147,3 +148,14 @@ def test_neither_help_nor_ranking_imports_torch(votes: Path) -> None:
         done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert "Bradley-Terry" in done.stdout
+
+
+def test_the_page_runs_as_printed() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "rank.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    found: dict[str, Any] = {}
+    exec(compile(code, "docs/rank.md", "exec"), found)
+    assert found["scores"].argmax() == 0
+    words = set(re.findall(r"--[a-z][a-z-]+", page))
+    told = CliRunner().invoke(main, ["rank", "--help"]).output
+    assert {word for word in words if word not in told} == set()

@@ -85,8 +85,7 @@ def rank(file: str, players: str | None, target: Path | None, as_json: bool, **h
 
     if target is not None:
         _require_writable(target)
-    known = [name.strip() for name in players.split(",")] if players else []
-    league = read_league(file, known)
+    league = read_league(file, players.split(",") if players else ())
     standings = rate(league, parse(Rating, how), file)
     if target is not None:
         rows = targets(league, standings, file)

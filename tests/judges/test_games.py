@@ -40,6 +40,7 @@ def fault(folder: Path, *rows: Any, known: tuple[str, ...] = ()) -> str:
     [
         ({"a": "ana", "b": "bob", "winner": "ana"}, 1),
         ({"a": "ana", "b": "bob", "winner": " bob "}, 0),
+        ({"a": "ana", "b": "bob\n", "winner": "bob\u00a0"}, 0),
         ({"a": "ana", "b": "bob", "winner": "b"}, 0),
         ({"a": "ana", "b": "bob", "winner": "Tie"}, 0.5),
         ({"a": "ana", "b": "bob", "winner": None, "score": 0.7}, 0.7),
@@ -135,6 +136,7 @@ def test_answers_of_one_player_are_no_games(tmp_path: Path) -> None:
         ({"a": "b", "b": "a", "winner": "a"}, "'a' is a player's name and a side or a tie"),
         ({"a": "ana", "b": " ", "winner": "a"}, "b: an empty name"),
         ({"a": "ana", "b": ["bob"], "winner": "a"}, "b: expected text"),
+        ({"a": "ana", "b": "\x1b[31mbob", "winner": "a"}, "holds characters that cannot be printed"),
         ({**ASKED, "ranks": [0, 1, 2]}, "players: no column among prompt, completions, ranks says who wrote"),
         ({**ASKED, "ranks": [0, 1, 2], "players": ["ana", "bob"]}, "expected 3, one per completion, got 2"),
         ({**ASKED, "ranks": [0, 1], "players": ABC}, "ranks: expected 3"),
@@ -158,6 +160,6 @@ def test_a_fault_names_place_and_next_move(row: Any, told: str, tmp_path: Path) 
 def test_a_closed_list_of_players_finds_typos(tmp_path: Path) -> None:
     good = {"a": "gpt-4", "b": "llama", "winner": "a"}
     typo = {"a": "gpt4", "b": "llama", "winner": "a"}
-    assert league(tmp_path, good, known=("llama", "gpt-4")).players == ("llama", "gpt-4")
+    assert league(tmp_path, good, known=(" llama", "", "gpt-4", "llama")).players == ("llama", "gpt-4")
     message = fault(tmp_path, good, typo, known=("llama", "gpt-4"))
     assert message == ("games.jsonl:2: 'gpt4' is not among the players. Did you mean 'gpt-4'? Known: llama, gpt-4.")

@@ -8,7 +8,7 @@ from itertools import combinations
 from typing import Any, cast
 
 from palate.data.formats import BY_NAME, BadRow, Row, detect
-from palate.data.formats.row import listed
+from palate.data.formats.row import listed, shown
 from palate.data.source import Data, Part, open_rows
 from palate.judges.ratings import Game
 from palate.records import Ranking
@@ -81,7 +81,8 @@ def read_league(path: str, known: Sequence[str] = ()) -> League:
     if not Data(path=path).files():  # what else is read elsewhere by such a name lies on the hub
         raise PalateError(f"{path}: no such file or folder. Check the path.")
     meetings = [_meeting(row) for row in open_rows(Part(path=path))]
-    names = tuple(known) or tuple(sorted({name for m in meetings for name in m.players}))
+    closed = dict.fromkeys(name for given in known if (name := " ".join(given.split())))
+    names = tuple(closed) or tuple(sorted({name for m in meetings for name in m.players}))
     for m in meetings:
         for name in m.players:
             if name not in names:
@@ -149,9 +150,11 @@ def _name(row: Row, value: Any, field: str) -> str:
     """A player's name: text, or a whole number that serves as an id."""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
-    name = row.string(value, field).strip()
+    name = " ".join(row.string(value, field).split())
     if not name:
         raise row.fault(field, "an empty name", "Name the player")
+    if not name.isprintable():
+        raise row.fault(field, f"{shown(name)} holds characters that cannot be printed", "Rename the player")
     return name
 
 
