@@ -35,6 +35,8 @@ _VALUES = "cells with a value target; mean over the minibatch"
 _ROLLOUT = "answer tokens of the whole rollout, before any step on it"
 _TRAINED = "trained tokens (prompt and padding never); mean over the batch"
 _PAIRS = "comparable pairs of the batch; ties of rank left out"
+_GOOD = "chosen answers, or those with a thumb up; mean over the batch"
+_BAD = "rejected answers, or those with a thumb down; mean over the batch"
 _POSITIVE = (0.0, math.inf)
 _SHARE = (0.0, 1.0)
 
@@ -126,6 +128,69 @@ _ONLINE = (
         "tokens of up to 8 answers of a rollout; largest",
         (0.0, 1e-2),
     ),
+    Metric(
+        "sampling/importance_sampling_ratio/mean",
+        "1",
+        "π / sampler of the drawn tokens; 1 where the sampler is the policy.",
+        _ROLLOUT,
+        (0.9, 1.1),
+    ),
+    Metric(
+        "sampling/importance_sampling_ratio/min", "1", "The smallest π / sampler of a drawn token.", _ROLLOUT, _POSITIVE
+    ),
+    Metric(
+        "sampling/importance_sampling_ratio/max", "1", "The largest π / sampler of a drawn token.", _ROLLOUT, _POSITIVE
+    ),
+    Metric(
+        "sampling/kl",
+        "nats per token",
+        "KL(sampler‖π) by the k3 estimate: how far the sampler is from the policy that is trained.",
+        _ROLLOUT,
+        (0.0, 1e-2),
+    ),
+    Metric(
+        "sampling/groups_dropped",
+        "share",
+        "Groups drawn for this rollout that were dropped because their answers were all worth the same.",
+        "groups of all rounds",
+        _SHARE,
+    ),
+    Metric("sampling/rounds", "rounds", "Rounds of prompts drawn for this rollout.", "count", (1.0, math.inf)),
+    Metric(
+        "objective/greedy_scores",
+        "reward",
+        "Score of each prompt's likeliest answer, the baseline of the sampled ones.",
+        "mean over the prompts of a rollout",
+    ),
+    Metric(
+        "reward_std",
+        "reward",
+        "Population standard deviation of the scores of one prompt's answers.",
+        _ANSWERS,
+        _POSITIVE,
+    ),
+    Metric(
+        "frac_reward_zero_std",
+        "share",
+        "Share of prompts whose answers all got the same score: nothing is learnt from them.",
+        "prompts of a rollout",
+        _SHARE,
+    ),
+    Metric(
+        "clip_ratio/low_mean",
+        "share",
+        "Share of ratios clipped from below: a bad answer already unlikelier than 1 − ε.",
+        "answer tokens, or answers where they are the action; mean over the minibatch",
+        (0.0, 0.3),
+    ),
+    Metric(
+        "clip_ratio/high_mean",
+        "share",
+        "Share of ratios clipped from above: a good answer already likelier than 1 + ε'.",
+        "answer tokens, or answers where they are the action; mean over the minibatch",
+        (0.0, 0.3),
+    ),
+    Metric("loss/kl_avg", "nats", "KL estimate as a loss, before its weight β.", _TOKENS),
     Metric("response/length_mean", "tokens", "Answer length, end token included.", _ANSWERS, (1.0, math.inf)),
     Metric("response/eos_rate", "share", "Share of answers that ended by themselves.", _ANSWERS, (0.5, 1.0)),
     Metric("rewards/*/mean", "reward", "One reward source before weighting.", "answers it spoke of; mean"),
@@ -169,6 +234,36 @@ _OFFLINE = (
     Metric("min_reward", "reward", "Lowest reward among a prompt's answers.", "rows; mean"),
     Metric("mean_reward", "reward", "Reward of the answers.", "answers of the batch; mean"),
     Metric("max_reward", "reward", "Highest reward among a prompt's answers.", "rows; mean"),
+    Metric(
+        "rewards/chosen", "nats", "β (log π − log π_ref) of preferred answers: how much likelier they became.", _GOOD
+    ),
+    Metric("rewards/rejected", "nats", "β (log π − log π_ref) of the other answers.", _BAD),
+    Metric("logps/chosen", "nats", "log π of preferred answers, summed over tokens.", _GOOD),
+    Metric("logps/rejected", "nats", "log π of the other answers, summed over tokens.", _BAD),
+    Metric(
+        "logps/chosen_change",
+        "nats",
+        "log π − log π_ref of chosen answers, summed over tokens: below 0 the policy unlearns what it is shown.",
+        _GOOD,
+        (-5.0, math.inf),
+    ),
+    Metric(
+        "rewards/accuracies",
+        "share",
+        "Share of pairs whose chosen answer has the higher reward; equal is wrong. High in collapsed policies too.",
+        "pairs; mean over the batch",
+        _SHARE,
+    ),
+    Metric("rewards/margins", "nats", "Reward of the chosen answer minus that of the rejected one.", _GOOD),
+    Metric("loss/sft", "nats", "−log π per token of the chosen answers, before its weight.", _GOOD, _POSITIVE),
+    Metric("log_odds_chosen", "nats", "Log odds of the chosen answer minus those of the rejected one.", _GOOD),
+    Metric("log_odds_ratio", "nats", "log σ of that difference: the odds-ratio term with its sign turned.", _GOOD),
+    Metric(
+        "kl",
+        "nats",
+        "The point from which answers count as gained or lost: KTO's estimate of KL(π‖π_ref), BCO's reward shift / β.",
+        "the whole batch, before the step",
+    ),
     Metric("epoch", "epochs", "Passes over the data so far.", "since the stage began", _POSITIVE),
 )
 
