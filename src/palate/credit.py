@@ -102,6 +102,43 @@ def leave_one_out(reward_B: Tensor, group: int | Tensor) -> Tensor:
     return torch.where(size_B > 1, reward_B - others_B / (size_B - 1).clamp(min=1), 0.0)
 
 
+NO_SPREAD = 1e-6
+"""Rewards of siblings that differ by no more than this differ by rounding alone."""
+
+
+def group_spread(reward_B: Tensor, group: int) -> Tensor:
+    """Largest minus smallest reward among the answers to one prompt, at each of them; `group` adjacent rows."""
+    _groups(reward_B, group)
+    reward_GK = widen(reward_B).view(-1, group)
+    return (reward_GK.amax(-1) - reward_GK.amin(-1)).repeat_interleave(group)
+
+
+def importance_weight(
+    logp_BT: Tensor, sampled_BT: Tensor, mask_BT: Tensor, cap: float, masked: bool = False, whole: bool = False
+) -> Tensor:
+    """w = p/p_sampler bounded by `cap`, at each token of the mask, 0 elsewhere; no gradient.
+
+    Corrects an expectation over samples of an engine whose distribution is not quite that of the policy p. Truncated,
+    min(w, cap): small variance for some bias (Ionides 2008; TIS of Yao et al. 2025). `masked`: 0 where w > cap, the
+    sample is not learnt from. `whole`: w of the answer, the product of its tokens' ratios, at each token; else of the
+    token alone.
+    """
+    change_BT = keep(logp_BT, mask_BT) - keep(sampled_BT, mask_BT)
+    if whole:
+        change_BT = change_BT.sum(-1, keepdim=True).expand_as(change_BT)
+    weight_BT = bounded(change_BT, logp_BT, sampled_BT).exp().detach()
+    kept_BT = weight_BT.masked_fill(weight_BT > cap, 0.0) if masked else weight_BT.clamp(max=cap)
+    return keep(kept_BT, mask_BT)
+
+
+def overlong_penalty(length_B: Tensor, limit: int, cache: int) -> Tensor:
+    """0 up to limit − cache tokens, then falling to −1 at `limit` and beyond, per answer (Yu et al. 2025, eq. 13)."""
+    if not 0 < cache <= limit:
+        raise ValueError(f"the cache is between 1 and the limit of {limit} tokens, not {cache}")
+    over_B = (length_B - (limit - cache)).to(torch.get_default_dtype())
+    return -(over_B / cache).clamp(0.0, 1.0)
+
+
 def _groups(reward_B: Tensor, group: int | Tensor) -> tuple[Tensor, Tensor]:
     rows = reward_B.shape[0]
     if isinstance(group, Tensor):
