@@ -129,6 +129,11 @@ def expected(straight_B: Tensor, swapped_B: Tensor, probability_B: Tensor) -> Te
     return probability_B * straight_B + (1 - probability_B) * swapped_B
 
 
+def sureness(probability_B: Tensor, label_smoothing: float) -> Tensor:
+    """How likely the label is right when the stated probability is itself wrong in a share ε of pairs."""
+    return label_smoothing + (1 - 2 * label_smoothing) * probability_B
+
+
 def of_same_rank(own_B: Tensor, other_B: Tensor) -> Tensor:
     """For each of `own_B` the number of `other_B` that has the same rank in its own order; no gradient.
 
