@@ -1,7 +1,8 @@
-"""The pages of docs/reference/ that are read off the code: settings, metrics, data formats. `make docs` writes them."""
+"""The pages of docs/reference/ that are read off the code: settings, metrics, formats, losses; by `make docs`."""
 
 from __future__ import annotations
 
+import ast
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +12,8 @@ from palate.data.formats import catalogue
 from palate.settings import kinds
 
 HERE = Path(__file__).parent / "reference"
+LOSSES = Path(__file__).parents[1] / "src" / "palate" / "losses"
+FAMILIES = ("policy", "preference", "unpaired", "offline", "comparison", "numeric")
 CLASSES = {"stages": "Stage", "algorithms": "Algorithm", "rewards": "Reward"}
 
 
@@ -50,7 +53,26 @@ def formats_page() -> str:
     return head + table(("format", "columns", "what it is"), rows) + "\n"
 
 
-PAGES = {"settings.md": settings_page, "metrics.md": metrics_page, "formats.md": formats_page}
+def losses_page() -> str:
+    """Every objective with its formula and source, by family; read without importing torch."""
+    parts = ["# Losses", "", "Written from the code by `make docs`. All of them are names of `palate.losses`."]
+    for family in FAMILIES:
+        tree = ast.parse((LOSSES / f"{family}.py").read_text(encoding="utf-8"))
+        parts += ["", f"## {family}", "", ast.get_docstring(tree) or ""]
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                for argument in node.args.args:
+                    argument.annotation = None
+                parts += ["", f"### `{node.name}({ast.unparse(node.args)})`", "", ast.get_docstring(node) or ""]
+    return "\n".join(parts) + "\n"
+
+
+PAGES = {
+    "settings.md": settings_page,
+    "metrics.md": metrics_page,
+    "formats.md": formats_page,
+    "losses.md": losses_page,
+}
 
 
 def main(check: bool) -> int:

@@ -89,7 +89,7 @@ def next_value(value_BT: Tensor, mask_BT: Tensor) -> Tensor:
 def ilql_logits(logits_NA: Tensor, target_q_NA: Heads, v_N: Tensor, beta: float) -> Tensor:
     """log π(a) + β(min_k Q̂_k(a) − V): the logits that implicit language Q-learning samples from; any leading shape.
 
-    Snell et al. 2022, sec. 4.2. β = 0 is the policy itself; V moves no probability but keeps the numbers near 0.
+    Snell et al. 2022, sec. 4. β = 0 is the policy itself; V moves no probability but keeps the numbers near 0.
     """
     least_NA = torch.stack([widen(q_NA) for q_NA in _heads(target_q_NA, logits_NA.dim() - 1)]).amin(0)
     return widen(logits_NA).log_softmax(-1) + beta * (least_NA - widen(v_N)[..., None])

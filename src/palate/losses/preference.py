@@ -241,7 +241,7 @@ def f_dpo(
 ) -> Tensor:
     """−log σ(βf′(u_w) − βf′(u_l)) with u = π/π_ref, per pair: `dpo` for another divergence than KL(π‖π_ref).
 
-    Wang et al. 2023 (2309.16240), table 1. f′(u), up to constants that cancel: log u for `reverse_kl` (`dpo` itself),
+    Wang et al. 2023 (2309.16240). f′(u), up to constants that cancel: log u for `reverse_kl` (`dpo` itself),
     −1/u for `forward_kl`, log(u/(1+u)) for `js`, (1 − u^−α)/α for `alpha`, which goes from reverse (α → 0) to forward
     KL (α = 1). ValueError for a divergence without a name here, or α outside [0, 1].
     """
