@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import palate
+from palate.door import evaluation
 from palate.settings import PalateError
 
 TINY = {"hidden_size": 32, "layers": 1, "heads": 2, "vocabulary": 300, "context": 64}
@@ -100,3 +101,81 @@ def test_faults_are_told_before_anything_runs(home: Path, tmp_path: Path) -> Non
         palate.sft(TINY, [], output_dir=str(home))
     with pytest.raises(PalateError, match="not a folder on this disk"):
         palate.load("no/such-model").save_pretrained(tmp_path)
+
+
+def test_a_reward_function_is_asked_as_trlx_asks_it_and_the_callers_prompts_stay(
+    taught: palate.Trained, home: Path
+) -> None:
+    asked: list[dict[str, object]] = []
+
+    def reward_fn(samples: list[str], prompts: list[str], outputs: list[str], tag: list[str]) -> list[float]:
+        asked.append({"samples": samples, "prompts": prompts, "outputs": outputs, "tag": list(tag)})
+        return [float(len(o)) for o in outputs]
+
+    prompts = [{"prompt": p, "tag": f"t{i}"} for i, p in enumerate(PROMPTS)]
+    before = json.dumps(prompts)
+    settings = {"total_episodes": 14, "rollout_batch_size": 7, "max_new_tokens": 4, "output_dir": str(home)}
+    done = palate.train(taught, reward_fn=reward_fn, prompts=prompts, name="trlx", **settings)
+    assert len(asked) == 2  # once per rollout
+    assert json.dumps(prompts) == before
+    for call in asked:
+        texts = zip(call["samples"], call["prompts"], call["outputs"], strict=True)  # type: ignore[call-overload]
+        assert all(sample == prompt + output for sample, prompt, output in texts)
+        assert dict(zip(call["tag"], call["prompts"], strict=True)) == {  # type: ignore[call-overload]
+            f"t{i}": p for i, p in enumerate(PROMPTS)
+        }
+    assert done.run == home / "trlx"
+
+
+def test_samples_alone_are_imitated_and_dialogues_are_trained_on_every_output(home: Path) -> None:
+    dialogues = [[f"ask {i % 4}", " yes", " more", " no"] for i in range(16)]
+    done = palate.train(
+        TINY, samples=dialogues, name="dialogues", output_dir=str(home), batch_size=8, max_steps=1, logging_steps=1
+    )
+    tokenizer = done.loaded.tokenizer
+    trained = len(tokenizer.encode(" yes")) + len(tokenizer.encode(" no")) + 1  # the end token closes the last alone
+    assert done.metrics[-1]["num_tokens"] == 8 * trained
+
+
+def test_eval_prompts_are_answered_and_measured(taught: palate.Trained, home: Path) -> None:
+    def metric_fn(samples: list[str], prompts: list[str], outputs: list[str], tag: list[int]) -> dict[str, list[float]]:
+        assert [len(s) for s in samples] == [len(p) + len(o) for p, o in zip(prompts, outputs, strict=True)]
+        return {"length": [float(len(o)) for o in outputs], "twice": [2.0 * t for t in tag]}
+
+    asked = [{"prompt": p, "tag": i} for i, p in enumerate(PROMPTS)]
+    done = palate.train(
+        taught,
+        samples=[[p, " 1."] for p in PROMPTS] * 2,
+        eval_prompts=asked,
+        metric_fn=metric_fn,
+        name="measured",
+        output_dir=str(home),
+        batch_size=7,
+    )
+    assert [row["twice"] for row in done.evaluation] == [2.0 * i for i in range(len(PROMPTS))]
+    assert all(row["length"] == len(row["output"]) for row in done.evaluation)
+    with pytest.raises(PalateError, match="metric_fn: 'short' has 1 values for 7"):
+        evaluation(done, asked, lambda **_: {"short": [1.0]})
+
+
+def test_stop_sequences_end_an_answer_and_are_not_read(taught: palate.Trained) -> None:
+    whole = taught.generate(PROMPTS, max_new_tokens=12)
+    stop = next(letter for text in whole for letter in text[1:-1] if letter.isalnum() and letter.isascii())
+    cut = taught.generate(PROMPTS, max_new_tokens=12, stop=[stop])
+    assert cut == [text.partition(stop)[0] for text in whole]
+    assert any(a != b for a, b in zip(cut, whole, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({}, "give reward and prompts"),
+        ({"rewards": [1.0]}, "rewards go with samples"),
+        ({"reward": brief}, "a reward goes with prompts"),
+        ({"reward": brief, "reward_fn": brief, "prompts": PROMPTS}, "two names of one thing"),
+        ({"data": ROWS}, "or data and algorithm"),
+    ],
+)
+def test_what_does_not_go_together_is_said(given: dict[str, object], said: str) -> None:
+    with pytest.raises(PalateError, match=said):
+        palate.train(TINY, **given)  # type: ignore[arg-type]

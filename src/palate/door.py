@@ -6,28 +6,27 @@ file could not ask for.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from palate import randomness, ranks
 from palate.data.encode import Encoding, encode_prompts
+from palate.door_rows import Rows, demonstrations, is_dialogue, write_rows
 from palate.engines.engine import Sampling
 from palate.engines.local import LocalEngine
 from palate.live import Display
 from palate.models.load import Loaded
 from palate.models.load import load as load_model
 from palate.one_stage import OneStage
-from palate.records import Prompt, Text, as_messages
+from palate.records import Prompt, Text, as_messages, before_stop, text_of
 from palate.run import Plan, execute, plan
 from palate.settings import PalateError, parse
 from palate.tracking import JsonLines
 
-Rows = str | Path | Mapping[str, Any] | Sequence[Any]
 _AT_ONCE = 64
 
 
@@ -35,13 +34,14 @@ class Trained:
     """A model on disk: what a run left behind, or any folder or hub id.
 
     `folder` is the model's folder (or hub id), `run` the run directory it came from, `metrics` the logged rows of the
-    stage that made it, each with its `step`.
+    stage that made it, each with its `step`, `evaluation` what became of `eval_prompts`.
     """
 
     def __init__(self, folder: str, run: Path | None = None, sampling: Sampling | None = None) -> None:
         self.folder = folder
         self.run = run
         self.metrics = JsonLines(Path(folder).parent / "metrics.jsonl").read() if run else []
+        self.evaluation: list[dict[str, Any]] = []
         self._sampling = sampling or parse(Sampling, {})
 
     def generate(self, prompts: str | Sequence[Any], seed: int = 1, greedy: bool = False, **sampling: Any) -> list[str]:
@@ -83,23 +83,112 @@ def answers(loaded: Loaded, prompts: Sequence[Text], sampling: Sampling, seed: i
         keys = [randomness.key(seed, "generate", row.key) for row in part]
         found = engine.generate([row.tokens for row in part], keys, greedy=greedy)
         said = (tokens[mask].tolist() for tokens, mask in zip(found.tokens_BT, found.action_BT, strict=True))
-        texts += [loaded.tokenizer.decode(ids) for ids in said]
+        texts += [before_stop(loaded.tokenizer.decode(ids), sampling.stop) for ids in said]
     return texts
 
 
 def train(
-    model: Any, reward: Any, prompts: Rows, algorithm: str | Mapping[str, Any] = "ppo", **settings: Any
+    model: Any,
+    reward: Any = None,
+    prompts: Rows | None = None,
+    algorithm: str | Mapping[str, Any] | None = None,
+    *,
+    data: Rows | None = None,
+    reward_fn: Any = None,
+    samples: Rows | None = None,
+    rewards: Sequence[float] | None = None,
+    eval_prompts: Sequence[Any] | None = None,
+    metric_fn: Callable[..., Mapping[str, Sequence[float]]] | None = None,
+    stop_sequences: Sequence[str] = (),
+    **settings: Any,
 ) -> Trained:
-    """Train a policy on its own answers.
+    """Train a model by one algorithm. What is given decides which, where `algorithm` does not say.
+
+    `reward` (or `reward_fn`) and `prompts`: a policy learns from its own answers, by PPO. `samples` and `rewards`: it
+    learns from rated samples, by ILQL. `samples` alone: from samples, by SFT. `data`: what the named algorithm reads.
 
     `model`: a folder, hub id, `Trained`, or the settings of a model to make. `reward`: a function
-    `f(prompts, completions, **columns) -> list[float | None]`, a reward model's folder or `Trained`, or a mapping
-    with `kind`. `prompts`: a file, hub id, or a list of strings, message lists or rows. Every setting of the stage,
-    its algorithm and its groups may be given by name; `name=` makes the run one that is continued and cached.
+    `f(prompts, completions, **columns) -> list[float | None]` or `f(samples, prompts, outputs, **columns)`, a reward
+    model's folder or `Trained`, or a mapping with `kind`. `prompts`: a file, hub id, or a list of strings, message
+    lists or rows, whose further columns reach the reward function. `samples`: texts, or dialogues
+    `[prompt, output, …]`. `eval_prompts` are answered when training is over, and `metric_fn(samples, prompts,
+    outputs)` looks at the answers; both are in `Trained.evaluation`. `stop_sequences` end an answer. Every setting of
+    the stage, its algorithm and its groups may be given by name; `name=` makes the run one that is continued and
+    cached.
     """
-    kind, more = _algorithm(algorithm)
-    asked = {"model": _model(model), "reward": _model(reward), **more, **settings}
-    return _run(OneStage("online", kind, kind), asked, {"prompts": prompts})
+    found = _asked(reward if reward_fn is None else reward_fn, prompts, data, samples, rewards, algorithm)
+    if reward is not None and reward_fn is not None:
+        raise PalateError("reward and reward_fn are two names of one thing. Give one of them.")
+    kind, more = _algorithm(found.algorithm)
+    if samples is not None and is_dialogue(samples):
+        more = {"encoding": {"turns": "plain"}, **more}
+    if stop_sequences:
+        more = {"stop": list(stop_sequences), **more}
+    judged = {} if found.stage == "train" else {"reward": _model(found.reward)}
+    asked = {"model": _model(model), **judged, **more, **settings}
+    trained = _run(OneStage(found.stage, kind, kind), asked, found.rows)
+    if eval_prompts is not None:
+        trained.evaluation = evaluation(trained, eval_prompts, metric_fn)
+    return trained
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a call of `train` comes to."""
+
+    stage: str
+    algorithm: str | Mapping[str, Any]
+    rows: Mapping[str, Rows]
+    reward: Any = None
+
+
+def _asked(
+    reward: Any,
+    prompts: Rows | None,
+    data: Rows | None,
+    samples: Rows | None,
+    rewards: Sequence[float] | None,
+    algorithm: str | Mapping[str, Any] | None,
+) -> _Asked:
+    """The stage, the algorithm and the rows; PalateError where what was given does not go together."""
+    if reward is not None:
+        if prompts is None or samples is not None or data is not None:
+            raise PalateError("train: a reward goes with prompts, which the policy answers. Give prompts alone.")
+        return _Asked("online", algorithm or "ppo", {"prompts": prompts}, reward)
+    if rewards is not None and samples is None:
+        raise PalateError("train: rewards go with samples. Give samples, or a function as reward.")
+    if samples is not None and data is None and prompts is None:
+        usual = "sft" if rewards is None else "ilql"
+        return _Asked("train", algorithm or usual, {"data": demonstrations(samples, rewards)})
+    if data is not None and algorithm is not None and samples is None and prompts is None:
+        return _Asked("train", algorithm, {"data": data})
+    raise PalateError(
+        "train: give reward and prompts (the policy learns from its own answers), samples and rewards (rated samples), "
+        "samples alone (imitation), or data and algorithm."
+    )
+
+
+def evaluation(
+    trained: Trained, prompts: Sequence[Any], metric: Callable[..., Mapping[str, Sequence[float]]] | None = None
+) -> list[dict[str, Any]]:
+    """One row per prompt: the prompt, the answer, and what `metric(samples, prompts, outputs)` says of it.
+
+    A prompt is a text or a mapping with `prompt`; its further columns are in the row and reach the metric as lists.
+    """
+    given = [dict(p) if isinstance(p, Mapping) else {"prompt": p} for p in prompts]
+    asked = [one["prompt"] for one in given]
+    said = trained.generate(asked)
+    texts = [p if isinstance(p, str) else text_of(as_messages(p)) for p in asked]
+    rows = [{**one, "output": answer} for one, answer in zip(given, said, strict=True)]
+    if metric is None:
+        return rows
+    columns = {name: [one.get(name) for one in given] for name in given[0] if name != "prompt"}
+    samples = [prompt + answer for prompt, answer in zip(texts, said, strict=True)]
+    measured = metric(samples=samples, prompts=texts, outputs=said, **columns)
+    for name, values in measured.items():
+        if len(values) != len(rows):
+            raise PalateError(f"metric_fn: {name!r} has {len(values)} values for {len(rows)} answers. Give one each.")
+    return [{**row, **{name: values[i] for name, values in measured.items()}} for i, row in enumerate(rows)]
 
 
 def sft(model: Any, data: Rows, **settings: Any) -> Trained:
@@ -127,7 +216,7 @@ def _run(shape: OneStage, asked: Mapping[str, Any], data: Mapping[str, Rows]) ->
     """Write the rows that were given as values, run the stage, and hold what came of it."""
     home = Path(str(asked.get("output_dir", "runs"))).expanduser()
     name = str(asked.get("name") or _next_name(home, shape.name))
-    files = {key: _file(rows, home / name / f"{key}.jsonl") for key, rows in data.items()}
+    files = {key: write_rows(rows, home / name / f"{key}.jsonl") for key, rows in data.items()}
     given = shape.given({**asked, **files, "name": name})
     planned = plan(given, source="python")
     execute(planned, Display(quiet=ranks.rank() > 0), ["python", f"palate.{shape.name}"])
@@ -147,26 +236,6 @@ def _next_name(home: Path, stem: str) -> str:
     while (home / f"{stem}-{number}").exists():
         number += 1
     return f"{stem}-{number}"
-
-
-def _file(rows: Rows, path: Path) -> Any:
-    """Rows given as values become a file of the run directory; anything else is left as it is."""
-    if isinstance(rows, str | Path):
-        return str(rows)
-    if isinstance(rows, Mapping):
-        return dict(rows)
-    lines = [json.dumps(_row(row), ensure_ascii=False) + "\n" for row in rows]
-    if not lines:
-        raise PalateError(f"{path.stem}: the list is empty. Give at least one row.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(f".{path.name}.{ranks.rank()}")  # every rank writes the same rows
-    fresh.write_text("".join(lines), encoding="utf-8")
-    os.replace(fresh, path)
-    return str(path)
-
-
-def _row(row: Any) -> Any:
-    return row if isinstance(row, Mapping) else {"prompt": row}
 
 
 def _text(prompt: Any) -> Text:

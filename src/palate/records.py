@@ -30,6 +30,11 @@ def text_of(text: Text) -> str:
     return "\n".join(f"{m.role}: {m.content}" for m in text)
 
 
+def before_stop(text: str, stop: Sequence[str]) -> str:
+    """The text in front of the first of the stop texts in it; all of it where there is none."""
+    return text[: min((found for one in stop if (found := text.find(one)) >= 0), default=len(text))]
+
+
 def fingerprint(*parts: Any) -> str:
     """A short stable name for content: the same parts give the same 16 hex digits everywhere."""
     blob = json.dumps(parts, ensure_ascii=False, sort_keys=True, default=_plain).encode("utf-8", "surrogatepass")

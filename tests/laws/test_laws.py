@@ -22,7 +22,7 @@ LAYERS = (
     "parallel checkpoint models cast step data",
     "engines rewards judges evaluation diagnosis worlds algorithms",
     "stages run workspace stopping stage_folder tracking live provenance evidence",
-    "cli cli_check cli_rank cli_show cli_sweep sweep check web door one_stage "
+    "cli cli_check cli_rank cli_show cli_sweep sweep check web door door_rows one_stage "
     "catalogue closing manual __init__ __main__",
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names.split()}

@@ -88,7 +88,15 @@ def first_update(stage: Stage, index: int, rehearsal: Rehearsal) -> Update:
         raise PalateError(gathered.faults[0])
     trains, counter = setup.algorithm.trains, key(here.seed, stage.name)
     cast = _seats.online_cast(setup.policy, setup.value, stage.layout, setup.algorithm, counter, here)
-    judging = Judging(setup.reward, setup.watch, stage.shaping, stage.truncation, setup.policy.tokenizer, here.world)
+    judging = Judging(
+        setup.reward,
+        setup.watch,
+        stage.shaping,
+        stage.truncation,
+        setup.policy.tokenizer,
+        here.world,
+        stage.sampling.stop,
+    )
     prompts = setup.first(max(1, min(AT_ONCE, setup.numbers.minibatch) // setup.algorithm.group))
     done = rehearse(stage, here, cast, judging, setup.records, prompts, twice=False)
     batch = without_shown(done.experience)
@@ -218,7 +226,15 @@ def _with_cost(seen: Seen, setup: _Setup, seconds: float, measure: bool, gathere
     parameters, held = memory.of_cast(cast, algorithm.trains, [judge for _, judge in setup.judges])
     if not measure:
         return replace(seen, memory=memory.memory(parameters, held, "counted; nothing was measured (--quick)"))
-    judging = Judging(setup.reward, setup.watch, stage.shaping, stage.truncation, setup.policy.tokenizer, here.world)
+    judging = Judging(
+        setup.reward,
+        setup.watch,
+        stage.shaping,
+        stage.truncation,
+        setup.policy.tokenizer,
+        here.world,
+        stage.sampling.stop,
+    )
     rows = min(AT_ONCE, stage.rollout_batch_size)
     prompts = setup.first(max(1, rows // algorithm.group))
     done = rehearse(stage, here, cast, judging, setup.records, prompts, twice=bool(setup.judges))

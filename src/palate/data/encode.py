@@ -6,57 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, TypeVar
 
-from pydantic import Field
-
+from palate.data.encoding import Encoding as Encoding
 from palate.data.queries import cut_sentence, query_fields, tldr_query
-from palate.data.segments import Chat, Segment, Speaker, rewrites_history
+from palate.data.segments import Chat, PlainTurns, Segment, Speaker, rewrites_history
 from palate.records import Demonstration, Message, Prompt, Ranking, Record, Text, fingerprint, text_of
-from palate.settings import PalateError, Settings
-
-
-class Encoding(Settings):
-    """How records become tokens."""
-
-    loss_on: Literal["assistant", "last", "all"] = "assistant"
-    """Which tokens of a demonstration are trained: every assistant turn, the last one, or everything."""
-
-    max_length: int | None = Field(default=None, ge=2)
-    """Longest row, prompt and answer together; the model's context when left out."""
-
-    max_prompt_length: int | None = Field(default=None, ge=1)
-    """Longest prompt in tokens."""
-
-    long_prompts: Literal["refuse", "keep_end", "keep_start", "cut_post", "drop"] = "refuse"
-    """What happens to a longer prompt; cut_post shortens the post or article inside a TL;DR query."""
-
-    long_rows: Literal["cut", "drop", "refuse"] = "cut"
-    """What happens to a longer row; a cut answer has no end token, so it does not teach the model to stop there."""
-
-    untrained: Literal["drop", "refuse"] = "drop"
-    """What happens to a row without a single trained token; dropped rows are counted."""
-
-    leading_space: bool = False
-    """Put one space before a plain-text answer that does not begin with white space (TL;DR references)."""
-
-    bos: bool | None = None
-    """Begin rows with the begin token; left out, as the tokenizer does by itself. Never twice."""
-
-    eos: bool = True
-    """End each answer with the end token where the chat template did not end it."""
-
-    query_length: int | None = Field(default=None, ge=1)
-    """Make prompts of this many tokens from the beginnings of plain texts."""
-
-    query_start: str | None = None
-    """Such a prompt begins after the first token spelled like this; texts without it are skipped."""
-
-    query_end: str | None = None
-    """Such a prompt ends with the last token spelled like this; texts without it are skipped."""
-
-    query_format: str = Field(default="{query}", pattern=r"\{query\}")
-    """What stands around such a prompt, and around one stored as token ids: `{query}\\n\\nTL;DR:`."""
+from palate.settings import PalateError
 
 
 @dataclass(frozen=True)
@@ -165,6 +121,7 @@ def trained_counts(
 
 
 def each(records: Iterable[Record], encode: Callable[[Record], R]) -> Encoded[R]:
+    """What `encode` makes of every record; those left out are counted. PalateError names the record at fault."""
     rows: list[R] = []
     left_out: Counter[str] = Counter()
     for number, record in enumerate(records):
@@ -191,7 +148,7 @@ class Encoder:
         self.longest = _least(encoding.max_length, context)
         self.longest_prompt = encoding.max_prompt_length
         self.begins = encoding.bos if encoding.bos is not None else begins_by_itself(speaker)
-        self._chat: Chat | None = None
+        self._chat: Chat | PlainTurns | None = PlainTurns() if encoding.turns == "plain" else None
         if encoding.bos and speaker.bos is None:
             raise PalateError("encoding.bos: this tokenizer has no begin token. Leave the setting out.")
         if encoding.eos and speaker.eos is None:
@@ -207,7 +164,7 @@ class Encoder:
         return self.speaker.encode(text)
 
     @property
-    def chat(self) -> Chat:
+    def chat(self) -> Chat | PlainTurns:
         if self._chat is None:
             self._chat = Chat.of(self.speaker)
         return self._chat
@@ -396,5 +353,6 @@ def _least(*limits: int | None) -> int | None:
 
 
 def called(record: Record) -> str:
+    """A record's kind in words, for an error."""
     name = type(record).__name__.lower()
     return "a prompt without an answer" if name == "prompt" else f"{'an' if name[0] in 'aeiou' else 'a'} {name} record"

@@ -127,6 +127,24 @@ class Chat:
         return start, [*history[len(start) :], self.answer(before, turns[: last + 1])]
 
 
+class PlainTurns:
+    """Conversations without a template: the turns' texts, one behind the other. The same calls as `Chat`."""
+
+    def prompt(self, turns: Sequence[Message]) -> list[Segment]:
+        """The turns; what the assistant said before is a segment of its own and ends without a mark."""
+        return [Segment(t.content, answer=i > 0 and t.role == "assistant", ended=True) for i, t in enumerate(turns)]
+
+    def whole(self, prompt: Sequence[Message], completion: Sequence[Message]) -> tuple[list[Segment], list[Segment]]:
+        """(segments of the prompt, segments of the completion); turns after the last answer are left out."""
+        spoken = [i for i, turn in enumerate(completion) if turn.role == "assistant"]
+        if not spoken:
+            raise PalateError("the answer holds no assistant turn. Mend or drop the row.")
+        *earlier, last = completion[: spoken[-1] + 1]
+        more = [Segment(t.content, answer=t.role == "assistant", ended=True) for t in earlier]
+        first = next((i for i, segment in enumerate(more) if segment.answer), len(more))
+        return [*self.prompt(prompt), *more[:first]], [*more[first:], Segment(last.content, answer=True)]
+
+
 def rewrites_history(segments: Sequence[Segment], turns: Sequence[Message]) -> bool:
     """Whether earlier answers could not be told apart in a prompt that has some."""
     spoken = any(t.role == "assistant" for t in turns[1:])

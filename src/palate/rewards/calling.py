@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -68,6 +69,7 @@ def ask(function: Function, label: str, answers: Answers) -> Verdict:
     Raises PalateError naming the answer when the function raises, returns the wrong number of results, or a
     result that is not a finite number, None, or a list with one finite number per token.
     """
+    function = _with_tokenizer(function, answers)
     arguments = _arguments(function, label, answers)
     return _verdict(label, answers.world.first(lambda: _said(function, label, arguments, answers)), answers)
 
@@ -96,9 +98,9 @@ class _Arguments:
 def _arguments(function: Function, label: str, answers: Answers) -> _Arguments:
     """Prompts, completions and the columns the function accepts.
 
-    A function that names `completions` (as TRL's do) gets everything by name; any other gets prompts and
-    completions in the first two places. `prompt_ids`, `completion_ids` and `finished` are there for those who
-    name them.
+    A function that names `completions` (as TRL's do), or `samples` or `outputs` (as trlX's do: a sample is the prompt
+    with its answer), gets everything by name; any other gets prompts and completions in the first two places.
+    `prompt_ids`, `completion_ids` and `finished` are there for those who name them.
     """
     try:
         accepted = inspect.signature(function).parameters
@@ -106,9 +108,10 @@ def _arguments(function: Function, label: str, answers: Answers) -> _Arguments:
         return _Arguments([answers.prompts, answers.completions], {})
     offered: dict[str, Sequence[Any]] = {**answers.columns}
     offered |= {n: make(answers) for n, make in _BY_NAME.items() if n in accepted}
-    placed = "completions" not in accepted
+    placed = not {"completions", "samples", "outputs"} & set(accepted)
     if not placed:
         offered |= {"prompts": answers.prompts, "completions": answers.completions}
+        offered |= {} if "completions" in accepted else {"outputs": answers.completions, "samples": _samples(answers)}
     by_name = [n for n, p in accepted.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     own = by_name[2:] if placed else by_name
     missing = [n for n in own if accepted[n].default is inspect.Parameter.empty and n not in offered]
@@ -122,6 +125,19 @@ def _arguments(function: Function, label: str, answers: Answers) -> _Arguments:
     taken = by_name[:2] if placed else []
     named = {n: c for n, c in offered.items() if n in own or (everything and n not in taken)}
     return _Arguments([answers.prompts, answers.completions] if placed else [], named)
+
+
+def _with_tokenizer(function: Function, answers: Answers) -> Function:
+    """The function with the policy's tokenizer in its `tokenizer`, where it names one (as trlX's do)."""
+    try:
+        asks = "tokenizer" in inspect.signature(function).parameters and "tokenizer" not in answers.columns
+    except (TypeError, ValueError):
+        return function
+    return functools.partial(function, tokenizer=answers.tokenizer.inner) if asks else function
+
+
+def _samples(answers: Answers) -> list[str]:
+    return [prompt + said for prompt, said in zip(answers.prompts, answers.completions, strict=True)]
 
 
 def _prompt_ids(answers: Answers) -> list[list[int]]:

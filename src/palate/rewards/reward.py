@@ -14,7 +14,7 @@ from torch import Tensor
 from palate.batches import Rollouts, Rows
 from palate.models.tokenizer import Tokenizer
 from palate.parallel import World
-from palate.records import Text
+from palate.records import Text, before_stop
 from palate.settings import Choice, PalateError, build
 
 
@@ -92,18 +92,19 @@ def answers_of(
     tokenizer: Tokenizer,
     said: Sequence[Text] | None = None,
     world: World | None = None,
+    stop: Sequence[str] = (),
 ) -> Answers:
     """Texts of rollouts. `prompts` (and `said`) are per prompt and are dealt out by `rollouts.prompt_B`.
 
-    A column that only some prompts have holds None for the others. The texts are a view: special tokens and a
-    final EOS are left out, and nothing trained on is ever encoded from them again.
+    A column that only some prompts have holds None for the others. The texts are a view: special tokens, a
+    final EOS and what begins with a `stop` text are left out, and nothing trained on is ever encoded from them again.
     """
     owner = cast(list[int], rollouts.prompt_B.tolist())
     names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
     near = rollouts.to(torch.device("cpu"))  # one copy instead of one per row
     return Answers(
         prompts=[prompts[p].text for p in owner],
-        completions=[_text(near, row, tokenizer) for row in range(near.size)],
+        completions=[before_stop(_text(near, row, tokenizer), stop) for row in range(near.size)],
         columns={name: [prompts[p].columns.get(name) for p in owner] for name in names},
         rollouts=rollouts,
         tokenizer=tokenizer,

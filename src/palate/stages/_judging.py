@@ -14,6 +14,7 @@ from palate.batches import Rollouts, Scored
 from palate.data.encode import PromptRow
 from palate.models.tokenizer import Tokenizer
 from palate.parallel import World
+from palate.records import before_stop
 from palate.rewards.reward import Scorer, answers_of
 from palate.rewards.shaping import Shaping, cut_after, shape, stop_token
 from palate.settings import Settings
@@ -41,28 +42,36 @@ class Judging:
         truncation: Truncation | None,
         tokenizer: Tokenizer,
         world: World | None = None,
+        stop: Sequence[str] = (),
     ) -> None:
+        """`stop` are the texts that ended answers: what a reward reads ends before them."""
+        self.stopped = stop
         self.world = world or World()
         self.reward, self.watch, self.shaping = reward, watch, shaping
         self.truncation, self.tokenizer = truncation, tokenizer
         self.stop = stop_token(truncation.token, tokenizer, "truncation.token") if truncation else -1
 
     def score(
-        self, rollouts: Rollouts, prompts: Sequence[PromptRow], memory: Mapping[str, float]
+        self, rollouts: Rollouts, prompts: Sequence[PromptRow], memory: Mapping[str, float], watched: bool = True
     ) -> tuple[Scored, dict[str, float]]:
-        """The verdict on each answer, and metrics of what each reward said. `prompts` are those asked."""
+        """The verdict on each answer, and metrics of what each reward said. `prompts` are those asked.
+
+        Unless `watched`, the reward that is only looked at is not asked.
+        """
         judged = self._cut(rollouts)
-        answers = answers_of(judged, prompts, self.tokenizer, [p.said or p.text for p in prompts], self.world)
+        answers = answers_of(
+            judged, prompts, self.tokenizer, [p.said or p.text for p in prompts], self.world, self.stopped
+        )
         verdict = shape(self.reward.score(answers), answers, self.shaping)
         parts = dict(verdict.parts)
-        if self.watch is not None:
+        if self.watch is not None and watched:
             parts["gold"] = self.watch.score(answers).score_B
         token_reward_BT = verdict.token_reward_BT
         if token_reward_BT is None:
             token_reward_BT = torch.zeros_like(rollouts.logp_BT)
         on_cut = self.truncation is not None and self.truncation.train_on_cut
         trained = judged if on_cut else replace(rollouts, finished_B=judged.finished_B)
-        return Scored(trained, verdict.score_B, token_reward_BT, parts, memory), _heard(parts)
+        return Scored(trained, verdict.score_B, token_reward_BT, parts, memory), heard(parts)
 
     def _cut(self, rollouts: Rollouts) -> Rollouts:
         if self.truncation is None:
@@ -75,13 +84,16 @@ class Judging:
         found: list[dict[str, Any]] = []
         for i in range(min(rows, scored.score_B.shape[0])):
             ids = rollouts.tokens_BT[i][rollouts.action_BT[i]].tolist()
-            said = {"prompt": prompts[int(rollouts.prompt_B[i])].text, "completion": self.tokenizer.decode(ids)}
+            said = {
+                "prompt": prompts[int(rollouts.prompt_B[i])].text,
+                "completion": before_stop(self.tokenizer.decode(ids), self.stopped),
+            }
             parts = {name: float(part[i]) for name, part in scored.parts.items()}
             found.append({**said, "score": float(scored.score_B[i]), **parts})
         return found
 
 
-def _heard(parts: Mapping[str, Tensor]) -> dict[str, float]:
+def heard(parts: Mapping[str, Tensor]) -> dict[str, float]:
     """Mean and spread of each reward over the answers it judged, before weights, penalties and clipping."""
     found: dict[str, float] = {}
     for name, part in parts.items():

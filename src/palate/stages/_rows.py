@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from palate.batches import Rows
 from palate.data import collate, source
@@ -31,7 +32,7 @@ from palate.data.encode_pairs import (
 )
 from palate.data.source import Data
 from palate.models.tokenizer import Tokenizer
-from palate.records import Record, text_of
+from palate.records import Record, Text, text_of
 from palate.workspace import Workspace
 
 Row = TokenRow | RankedRow | PairRow | LabelRow | RatedRow
@@ -103,6 +104,16 @@ def encode(
     return found.rows
 
 
+def surveyed(rows: Sequence[Row], survey: Callable[[Sequence[Row]], Sequence[Row]], here: Workspace) -> Sequence[Row]:
+    """The rows as an algorithm's survey of them leaves them; what it warns of (`warnings.warn`) is said to the user."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
+        found = survey(rows)
+    for one in said:
+        here.warn(str(one.message))
+    return found
+
+
 def prompts(
     records: Sequence[Record], tokenizer: Tokenizer, encoding: Encoding, room: int, here: Workspace
 ) -> list[PromptRow]:
@@ -139,7 +150,6 @@ def texts(records: Iterable[Record]) -> list[str]:
     found: list[str] = []
     for record in records:
         found.append(text_of(record.prompt))
-        for name in ("completion", "completions"):
-            said = getattr(record, name, ())
-            found += [text_of(said)] if isinstance(said, str) else [text_of(s) for s in cast(Iterable[Any], said)]
+        said: list[Text] = [getattr(record, "completion", ""), *getattr(record, "completions", ())]
+        found += [text_of(one) for one in said]
     return [text for text in found if text]
