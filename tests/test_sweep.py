@@ -203,6 +203,13 @@ def test_the_same_sweep_gives_the_same_trials_and_more_trials_only_add() -> None
     assert len({trial.texts for trial in eight}) == 8
 
 
+def test_two_settings_are_drawn_independently() -> None:
+    found = trials_of(axes("stages.0.a=uniform(0,1)", "stages.0.b=uniform(0,1)"), "random", 400, 1)
+    pairs = np.array([[float(text) for _, text in trial.texts] for trial in found])
+    assert abs(np.corrcoef(pairs.T)[0, 1]) < 0.2  # 4 standard errors
+    assert pairs.mean(axis=0) == pytest.approx([0.5, 0.5], abs=0.06)
+
+
 def test_a_random_search_tries_each_combination_of_lists_before_any_again() -> None:
     found = axes("stages.0.a=1,2,3", "stages.0.b=uniform(0,1)")
     firsts = [trial.texts[0][1] for trial in trials_of(found, "random", 9, 1)]
