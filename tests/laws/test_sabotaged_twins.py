@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from palate import credit, losses
+from tests.laws.credit_claims import CLAIMS as CREDIT
 from tests.laws.offline_claims import CLAIMS as OFFLINE
 from tests.laws.preference_claims import CLAIMS as PREFERENCE
 from tests.laws.twins import (
@@ -309,6 +310,7 @@ CLAIMS = [
     claim(credit.missing_eos_penalty, check_missing_eos_penalty, "finished_B"),
     Claim(credit.truncate_after, check_truncate_after, TRUNCATIONS),
     Claim(credit.gain_and_bias, check_gain_and_bias, SCALES),
+    *CREDIT,
     *PREFERENCE,
     *OFFLINE,
 ]
