@@ -210,6 +210,7 @@ class Scored(Rows):
 
     `score_B` is the weighted score after penalty and clipping; `token_reward_BT`, all zeros for per-answer rewards,
     holds what was given per token. `memory` is what the algorithm remembers between iterations (a KL coefficient).
+    `baseline_B` is the score of the likeliest answer to the row's prompt, where the algorithm asks for it.
     """
 
     rollouts: Rollouts
@@ -217,6 +218,7 @@ class Scored(Rows):
     token_reward_BT: Tensor
     parts: Mapping[str, Tensor]
     memory: Mapping[str, float]
+    baseline_B: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -246,8 +248,9 @@ class Experience(Tokens):
 class Graded(Tokens):
     """What an algorithm without a value function learns from: old log-probabilities and advantages.
 
-    `ref_logp_BT` are the reference's log-probabilities (zeros where no loss reads them). `weight_BT` corrects for
-    samples that are not quite the current policy's; 1 where they are. The rest as in `Experience`.
+    `ref_logp_BT` are the reference's log-probabilities (zeros where no loss reads them). `weight_BT` is what a token's
+    loss counts for: a correction for samples that are not quite the current policy's, times the share that the
+    averaging gives it. The rest as in `Experience`.
     """
 
     logp_BT: Tensor

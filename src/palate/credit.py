@@ -37,6 +37,11 @@ def gae(reward_BT: Tensor, value_BT: Tensor, mask_BT: Tensor | None, gamma: floa
     return keep(torch.stack(found[::-1], 1), mask_BT)
 
 
+def to_go(reward_BT: Tensor, mask_BT: Tensor, gamma: float = 1.0) -> Tensor:
+    """G_t = Σ_k γᵏ r_{t+k} over the cells of the mask, 0 outside: what is still earned from token t on."""
+    return gae(reward_BT, torch.zeros_like(reward_BT), mask_BT, gamma, 1.0)
+
+
 def whiten(x: Tensor, mask: Tensor | None = None, shift_mean: bool = True) -> Tensor:
     """(x − mean) / √(var + 1e-8) over the cells of the mask, 0 outside; the mean is added back unless `shift_mean`.
 

@@ -19,7 +19,8 @@ Correction = Literal["none", "token_truncate", "token_mask", "sequence_truncate"
 Estimator = Literal["k1", "k2", "k3", "k3_ratio"]
 
 
-def _with_siblings(answers: int) -> int:
+def require_siblings(answers: int) -> int:
+    """The number of answers a prompt, where there is something to compare. ValueError for fewer than two."""
     if answers < 2:
         raise ValueError(
             f"{answers} answer a prompt has no siblings to be compared with, so nothing is learnt. Take 2 or more."
@@ -27,7 +28,7 @@ def _with_siblings(answers: int) -> int:
     return answers
 
 
-Group = Annotated[int, AfterValidator(_with_siblings)]
+Group = Annotated[int, AfterValidator(require_siblings)]
 """The type of a setting that says how many answers are compared with one another."""
 
 

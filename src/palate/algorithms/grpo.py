@@ -115,6 +115,17 @@ class Algorithm(Choice):
         """ε, the lower side of the clip; CISPO has none."""
         return math.inf if self.surrogate == "cispo" else self.epsilon
 
+    def warnings(self) -> list[str]:
+        """What a KL loss does that KL in the reward does not (Schulman 2020; 2510.01555)."""
+        if not (self.beta and self.kl_in == "loss"):
+            return []
+        found = {
+            "k1": "kl_estimator k1 as a loss has gradient 0 on average, so nothing holds the policy to the reference.",
+            "k3": "kl_estimator k3 as a loss is biased: its gradient is that of KL(π_ref‖π), not of KL(π‖π_ref).",
+        }.get(self.kl_estimator, "a KL loss per token leaves out what a token does to the KL of later ones.")
+        scaled = "" if self.scale_rewards == "none" else " scale_rewards divides rewards and not this KL, so β drifts."
+        return [f"{found}{scaled} kl_in: reward has neither fault."]
+
     def memory(self) -> dict[str, float]:
         """Nothing is remembered."""
         return {}

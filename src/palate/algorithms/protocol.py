@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from palate.batches import Learnt, Loss, Scored
 from palate.cast import Cast
@@ -82,4 +82,33 @@ class Online(Protocol):
 
     def after(self, cast: Cast, step: int) -> None:
         """Called behind optimiser step `step` of the stage (from 1): what moves without gradient moves here."""
+        ...
+
+
+@runtime_checkable
+class Resamples(Protocol):
+    """An online algorithm that learns nothing from groups whose answers are all worth the same."""
+
+    @property
+    def dynamic_sampling(self) -> int:
+        """Rounds of further prompts that may be drawn to replace such groups; 0 keeps them."""
+        ...
+
+
+@runtime_checkable
+class ReadsGreedy(Protocol):
+    """An online algorithm that may measure sampled answers against the likeliest one."""
+
+    @property
+    def greedy_baseline(self) -> bool:
+        """Whether each prompt's likeliest answer is scored too, as `Scored.baseline_B`."""
+        ...
+
+
+@runtime_checkable
+class Warns(Protocol):
+    """An algorithm some of whose settings are allowed and yet rarely what one wants."""
+
+    def warnings(self) -> Sequence[str]:
+        """What the user should know before the stage begins, a sentence each that names the setting."""
         ...

@@ -21,7 +21,7 @@ from palate.randomness import key
 from palate.records import Record
 from palate.rewards.reward import answers_of
 from palate.rewards.shaping import cut_after
-from palate.stages import _seats
+from palate.stages import _greedy, _seats
 from palate.stages._judging import Judging
 from palate.stages.online import Stage
 from palate.workspace import Workspace
@@ -145,7 +145,8 @@ def rehearse(
     if twice:
         judging.score(rollouts, prompts, algorithm.memory())
     (scored, _), scoring = clock.timed(lambda: judging.score(rollouts, prompts, algorithm.memory()))
+    (scored, _), measuring = clock.timed(lambda: _greedy.with_baseline(scored, prompts, algorithm, engine, judging))
     with torch.no_grad():
         experience, preparing = clock.timed(lambda: algorithm.prepare(cast, scored))
-    seconds = {"writing answers": writing, "scoring": scoring, "references and values": preparing}
+    seconds = {"writing answers": writing, "scoring": scoring + measuring, "references and values": preparing}
     return Rehearsed(stage, prompts, scored.rollouts, experience, seconds)

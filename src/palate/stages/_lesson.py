@@ -19,7 +19,8 @@ class Lesson:
     """Experience of one rollout with the position inside it, so that a stop between two steps loses nothing.
 
     `seen` are the metrics known before the first step; `totals` add up those of the steps; `first` is how far the
-    first step's ratio was from 1. `samples` and `tokens` are rows for people, written when the lesson ends.
+    first step's ratio was from 1. `samples` and `tokens` are rows for people, written when the lesson ends. `drawn`
+    counts the batches of prompts that the stage had drawn when this rollout was whole.
     """
 
     number: int
@@ -28,6 +29,7 @@ class Lesson:
     samples: list[dict[str, Any]]
     tokens: list[dict[str, Any]]
     seconds: float
+    drawn: int = 0
     position: int = 0
     taken: int = 0
     first: float = 0.0

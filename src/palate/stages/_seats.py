@@ -8,7 +8,7 @@ from typing import Annotated, Any, TypeVar, cast
 
 from pydantic import BeforeValidator, SerializeAsAny
 
-from palate.algorithms.protocol import Offline, Online
+from palate.algorithms.protocol import Offline, Online, Warns
 from palate.cast import Cast, Layout, assemble
 from palate.data.segments import stop_tokens
 from palate.engines.engine import Sampling
@@ -100,7 +100,12 @@ def offline_cast(
 def online_cast(
     loaded: Loaded, value: Loaded | None, layout: Layout, algorithm: Online, counter: int, here: Workspace
 ) -> Cast:
-    """The policy, its frozen start as the reference where one is needed, and whoever else trains."""
+    """The policy, its frozen start as the reference where one is needed, and whoever else trains.
+
+    Tells the user what the algorithm has to say of its settings.
+    """
+    for text in algorithm.warnings() if isinstance(algorithm, Warns) else ():
+        here.warn(f"algorithm: {text}")
     return assemble(layout, loaded, _roles(algorithm), counter, value, here.world)
 
 

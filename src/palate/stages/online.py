@@ -22,7 +22,7 @@ from palate.randomness import key
 from palate.rewards.reward import AnyReward, stages_read
 from palate.rewards.shaping import Shaping
 from palate.settings import Choice, NotFinite, Stopped
-from palate.stages import _guard, _invariants, _rows, _seats, _state, _tokens
+from palate.stages import _greedy, _guard, _invariants, _resampling, _rows, _seats, _state, _tokens
 from palate.stages._judging import Judging, Truncation
 from palate.stages._lesson import Lesson
 from palate.stages._order import Order
@@ -123,7 +123,13 @@ class _Loop:
         self.cast = _seats.online_cast(self.loaded, value, stage.layout, self.algorithm, counter, here)
         reward, watch = (_seats.at_hand(asked, here) for asked in (stage.reward, stage.watch))
         self.judging = Judging(
-            reward or stage.reward, watch, stage.shaping, stage.truncation, self.loaded.tokenizer, here.world
+            reward or stage.reward,
+            watch,
+            stage.shaping,
+            stage.truncation,
+            self.loaded.tokenizer,
+            here.world,
+            stage.sampling.stop,
         )
         records, _ = _rows.read(stage.prompts, here)
         room = self.loaded.trunk.context - stage.sampling.max_new_tokens
@@ -141,6 +147,7 @@ class _Loop:
     def _resume(self, rate: float) -> None:
         """Where the newest checkpoint left off, in the middle of a rollout's steps if it was written there."""
         self.done, state, tensors = _state.resume(self.here, self.cast, self.stepper)
+        self.drawn = int(state.get("drawn", self.done))
         self.memory: dict[str, float] = dict(state.get("memory", self.algorithm.memory()))
         self.last: dict[str, float] = dict(state.get("metrics", {}))
         self.guard = _guard.Guard(self.here, state, rate)
@@ -174,30 +181,40 @@ class _Loop:
         """A rollout, scored and prepared. Nothing of the loop changes here, so a stop may come at any moment."""
         started = time.perf_counter()
         self.engine.publish(_invariants.publication(self.cast, self.canary, number - 1))
-        prompts = [self.prompts[i] for i in self.order.batch(number - 1)]
-        rollouts = self._rollouts(prompts, number)
-        with _guard.about(rollouts):
-            agreed = _invariants.require_agreement(self.cast, rollouts, number - 1)
-            scored, heard = self.judging.score(rollouts, prompts, self.memory)
-            with torch.no_grad():
-                experience = self.algorithm.prepare(self.cast, scored)
+        pad = self.loaded.tokenizer.pad
+        answered = _resampling.filled(lambda turn: self._ask(number, turn), self.algorithm, pad, number)
+        scored, prompts = answered.scored, answered.prompts
+        with _guard.about(scored.rollouts), torch.no_grad():
+            experience = self.algorithm.prepare(self.cast, scored)
         _invariants.require_finite(experience)
         if number == 1:
-            length = float(rollouts.length_B.float().mean())
+            length = float(scored.rollouts.length_B.float().mean())
             _invariants.require_no_kl_yet(experience.metrics, length, self.loaded.trunk.dtype)
         sampled = number == 1 or number % self.stage.sample_steps == 0 or number == self.stage.iterations
         return Lesson(
             number,
             without_shown(experience),
-            {**experience.metrics, **heard, **agreed, **_shape(scored.rollouts)},
+            {**experience.metrics, **answered.seen, **_shape(scored.rollouts)},
             self.judging.table(scored, prompts) if sampled else [],
             _tokens.table(experience, scored, prompts, self.loaded.tokenizer) if sampled else [],
             time.perf_counter() - started,
+            self.drawn + answered.drawn,
         )
 
-    def _rollouts(self, prompts: Sequence[PromptRow], number: int) -> Rollouts:
-        per_prompt = range(self.algorithm.group)
-        keys = [key(self.here.seed, self.stage.name, number, p.key, k, "sample") for p in prompts for k in per_prompt]
+    def _ask(self, number: int, turn: int) -> _resampling.Round:
+        """Answers to the next prompts, scored; `turn` counts the batches of prompts drawn for this rollout, from 0."""
+        prompts = [self.prompts[i] for i in self.order.batch(self.drawn + turn)]
+        rollouts = self._rollouts(prompts, number, turn)
+        with _guard.about(rollouts):
+            agreed = _invariants.require_agreement(self.cast, rollouts, number - 1)
+            scored, heard = self.judging.score(rollouts, prompts, self.memory)
+            scored, more = _greedy.with_baseline(scored, prompts, self.algorithm, self.engine, self.judging)
+        return _resampling.Round(scored, prompts, {**heard, **agreed, **more})
+
+    def _rollouts(self, prompts: Sequence[PromptRow], number: int, turn: int) -> Rollouts:
+        per_prompt, again = range(self.algorithm.group), (turn,) if turn else ()
+        about = self.here.seed, self.stage.name, number
+        keys = [key(*about, p.key, k, "sample", *again) for p in prompts for k in per_prompt]
         return self.engine.generate([p.tokens for p in prompts], keys, version=number - 1)
 
     def _learn(self, lesson: Lesson) -> None:
@@ -240,6 +257,7 @@ class _Loop:
                 found |= {"step_time": lesson.seconds, "tokens_per_second": said / max(lesson.seconds, 1e-9)}
             if self.guard.skipped:
                 found["steps_skipped"] = float(self.guard.skipped)
+            self.drawn = max(self.drawn + 1, lesson.drawn if lesson is not None else 0)
             self.last, self.done, self.lesson = found, number, None
             if number % stage.logging_steps == 0 or number == stage.iterations:
                 self.here.log(number, found)
@@ -255,7 +273,7 @@ class _Loop:
         place = (self.done, self.lesson.position if self.lesson else 0)
         if place == self.saved or place == (0, 0) or self.guard.in_a_row:
             return
-        state = {"memory": self.memory, "metrics": self.last, "guard": self.guard.state()}
+        state = {"memory": self.memory, "metrics": self.last, "guard": self.guard.state(), "drawn": self.drawn}
         pending = {"pending": self.lesson.state()} if self.lesson else {}
         more = self.lesson.tensors() if self.lesson else {}
         _state.save(self.here, self.done, self.cast, self.algorithm, self.stepper, more, **state, **pending)
