@@ -261,6 +261,17 @@ def test_lists_survive_as_values(recipe: Path) -> None:
     assert read == [[0.9, 0.95], [0.8, 0.999]]
 
 
+@pytest.mark.parametrize("place", ["a: b #c", "~/x", "it's", '"', "runs"])
+def test_a_sweep_goes_where_output_dir_says_whatever_is_in_its_name(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.setenv("HOME", "/elsewhere")
+    recipe.write_text(yaml.safe_dump({**RECIPE, "output_dir": place}))
+    found = plan_sweep(recipe, [], seeds="1")
+    assert found.folder == Path(place.replace("~", "/elsewhere")) / "two-sweep"
+    assert found.runs[0].folder == found.folder / "trial-000-seed-1"
+
+
 def test_seeds() -> None:
     assert seeds_of("3", 1) == (1, 2, 3)
     assert seeds_of("2", 7) == (7, 8)

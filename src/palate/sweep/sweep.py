@@ -110,7 +110,9 @@ def plan_sweep(
     given = {"name": recipe.stem, **settings.read_yaml(recipe)}
     axes, fixed, named = _sorted_words(words)
     base = plan(given, fixed)
-    folder = Path(base.experiment.output_dir) / _sweep_name(name or named or f"{base.experiment.name}-sweep")
+    folder = Path(base.experiment.output_dir).expanduser() / _sweep_name(
+        name or named or f"{base.experiment.name}-sweep"
+    )
     found = search_of(axes, search, trials)
     tried = trials_of(axes, found, trials, base.experiment.seed)
     numbers = seeds_of(seeds, base.experiment.seed)
@@ -194,7 +196,7 @@ class _Maker:
 
     def run(self, trial: Trial, seed: int) -> Run:
         """The run of one trial under one seed. Raises PalateError for settings that do not exist."""
-        placed = [f"name={trial.name}-seed-{seed}", f"seed={seed}", f"output_dir={self.folder}"]
+        placed = [f"name={trial.name}-seed-{seed}", f"seed={seed}", f"output_dir={_quoted(str(self.folder))}"]
         assignments = (*self.fixed, *trial.assignments, *placed)
         planned = plan(self.given, assignments)
         return Run(trial, seed, planned, assignments, self._evidences(planned))
@@ -212,6 +214,11 @@ class _Maker:
             hashes[stage.name] = self._known[key].hash
             found.append(self._known[key])
         return tuple(found)
+
+
+def _quoted(text: str) -> str:
+    """A text that YAML reads back as it is, whatever is in it."""
+    return text if re.fullmatch(r"[\w./-]*[A-Za-z_/][\w./-]*", text) else json.dumps(text, ensure_ascii=False)
 
 
 def _refuse_equal(runs: Sequence[Run], seeds: Sequence[int]) -> None:
