@@ -29,6 +29,16 @@ def check_importance_weight(importance_weight: Formula) -> None:
     assert not importance_weight(logp.clone().requires_grad_(), sampled, MASK, 1.5).requires_grad
 
 
+def check_to_go(to_go: Formula) -> None:
+    reward = random(3, 6)
+    for gamma in (1.0, 0.9):
+        expected = torch.zeros(3, 6, dtype=torch.float64)
+        for b in range(3):
+            for i, t in enumerate(cells(b)):
+                expected[b, t] = sum(gamma**k * float(reward[b, later]) for k, later in enumerate(cells(b)[i:]))
+        equal(to_go(filled(reward), MASK, gamma), expected)
+
+
 def check_overlong_penalty(overlong_penalty: Formula) -> None:
     lengths = torch.tensor([1, 80, 85, 100, 130])
     equal(overlong_penalty(lengths, 100, 20), torch.tensor([0.0, 0.0, -0.25, -1.0, -1.0]))
@@ -56,6 +66,13 @@ CLAIMS = [
         always_truncated=altered(credit.importance_weight, masked=False),
         always_per_token=altered(credit.importance_weight, whole=False),
         gradient_kept=with_gradient,
+    ),
+    claim(
+        credit.to_go,
+        check_to_go,
+        "mask_BT",
+        undiscounted=altered(credit.to_go, gamma=1.0),
+        so_far=lambda reward, mask, gamma=1.0: reward.masked_fill(~mask, 0.0).cumsum(-1).masked_fill(~mask, 0.0),
     ),
     claim(
         credit.overlong_penalty,
