@@ -7,23 +7,46 @@ it; the one shift of the code base is `_before`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, overload
+from dataclasses import dataclass
+from typing import Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from palate import losses
 from palate.batches import Tokens
-from palate.models.heads import ScalarHead
+from palate.models.heads import ActionHead, Head, ScalarHead
 from palate.models.hydra import block_stack
 from palate.models.load import Loaded
 from palate.models.lora import bare_state, wear
-from palate.models.seats import Layout, Seat, take_seats, trained_parameters
+from palate.models.seats import ACTING, Layout, Seat, take_seats, trained_parameters
 from palate.models.trunk import Trunk, position_ids
 from palate.parallel import World, local, part_like
 from palate.settings import NotFinite, PalateError, nearest
 
-__all__ = ["Cast", "Layout", "Seat", "assemble"]
+__all__ = ["Acts", "Cast", "Layout", "Seat", "assemble"]
+
+
+H = TypeVar("H", ScalarHead, ActionHead)
+
+
+@dataclass(frozen=True)
+class Acts:
+    """What the policy and the heads beside it say of the N actions of a batch, in the order of `asked_BT`.
+
+    `q_HNV` and `target_HNV` hold one N×V tensor for each head; `value_N` is the value of the state before the action,
+    `after_N` of the state before the row's next action, 0 where there is none.
+    """
+
+    asked_BT: Tensor
+    token_N: Tensor
+    logp_N: Tensor
+    entropy_N: Tensor
+    q_HNV: tuple[Tensor, ...]
+    target_HNV: tuple[Tensor, ...]
+    value_N: Tensor
+    after_N: Tensor
 
 
 def assemble(
@@ -131,6 +154,45 @@ class Cast:
             hidden_BTD = _hidden(judge, batch)
         return logp_BT, entropy_BT, _values(self._head(value), hidden_BTD, batch)
 
+    def acts(self, policy: str, q: Sequence[str], targets: Sequence[str], value: str, batch: Tokens) -> Acts:
+        """Log-probabilities and values of every action, by one pass through the policy's trunk and adapter.
+
+        Nothing of size V is kept off the action rows, and no gradient flows from `targets`. A token with nothing before
+        it is no action. Raises PalateError for a role that sits elsewhere or has no head of its kind.
+        """
+        seat = self.seat(policy)
+        state_BSD = _before(_hidden(seat, batch))
+        asked_BT = _asked(batch)
+        state_ND, token_N = state_BSD[asked_BT[:, 1:]], batch.tokens_BT[asked_BT]
+        every_NV = seat.trunk.logits(state_ND)[:, : seat.trunk.vocabulary].log_softmax(-1)
+        seen_NV = every_NV.detach()
+        value_N = self._beside(policy, value, ScalarHead)(state_ND)
+        with torch.no_grad():
+            target_HNV = tuple(self._beside(policy, role, ActionHead)(state_ND) for role in targets)
+        return Acts(
+            asked_BT=asked_BT,
+            token_N=token_N,
+            logp_N=every_NV.gather(-1, token_N[:, None])[:, 0],
+            entropy_N=-(seen_NV.exp() * seen_NV).sum(-1),
+            q_HNV=tuple(self._beside(policy, role, ActionHead)(state_ND) for role in q),
+            target_HNV=target_HNV,
+            value_N=value_N,
+            after_N=losses.next_value(_place(asked_BT, value_N), asked_BT)[asked_BT],
+        )
+
+    def acting(self) -> dict[str, Head]:
+        """The heads beside the policy that say what its actions are worth, by role; none where nobody plays them."""
+        roles = [role for role in self.roles if role in ACTING]
+        beside = [*roles, *(role for role in ("value",) if roles and role in self.roles)]
+        return {role: head for role in beside if (head := self.seat(role).head) is not None}
+
+    def _beside(self, policy: str, role: str, kind: type[H]) -> H:
+        """The head of a role that reads what the policy's trunk and adapter give."""
+        seat, other = self.seat(policy), self.seat(role)
+        if not isinstance(other.head, kind) or (seat.trunk, seat.adapter) != (other.trunk, other.adapter):
+            raise PalateError(f"role {role!r} has no {kind.__name__} beside {policy!r}.")
+        return other.head
+
     def scores(self, role: str, batch: Tokens) -> Tensor:
         """The head's output B at the last real token of each row (detail 18), gain and bias applied."""
         # The last column is the last real token's state: Trunk.hidden repeats it over the padding.
@@ -138,7 +200,7 @@ class Cast:
 
     def _head(self, role: str) -> ScalarHead:
         head = self.seat(role).head
-        if head is None:
+        if not isinstance(head, ScalarHead):
             raise PalateError(f"role {role!r} has no scalar head, so it gives neither values nor scores.")
         return head
 
@@ -236,10 +298,15 @@ def _before(state_BT: Tensor) -> Tensor:
 
 def _rows(trunk: Trunk, hidden_BTD: Tensor, batch: Tokens, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """(asked_BT, tokens_N, every_NV): which cells have a log-probability, their tokens, and every token's there."""
-    asked_BT = batch.action_BT & (position_ids(batch.real_BT) > 0)
+    asked_BT = _asked(batch)
     speaking_BS = asked_BT[:, 1:]
     logits_NV = trunk.logits(_before(hidden_BTD)[speaking_BS])[:, : trunk.vocabulary] / temperature
     return asked_BT, batch.tokens_BT[:, 1:][speaking_BS], logits_NV.log_softmax(-1)
+
+
+def _asked(batch: Tokens) -> Tensor:
+    """Which cells are actions with something before them."""
+    return batch.action_BT & (position_ids(batch.real_BT) > 0)
 
 
 def _place(asked_BT: Tensor, x_N: Tensor) -> Tensor:

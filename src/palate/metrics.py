@@ -220,6 +220,13 @@ _OFFLINE = (
         "loss/center", "reward²", "Squared sum of a pair's rewards; keeps rewards near zero.", "rows; mean", _POSITIVE
     ),
     Metric("loss/language", "nats", "−log p of the answers' tokens, trained beside the ranking.", _TRAINED, _POSITIVE),
+    Metric("loss/q", "reward²", "Σ over the Q heads of (Q(a) − r − γV')², per action.", _TRAINED, _POSITIVE),
+    Metric("loss/v", "reward²", "Expectile error of the state's value against the slow Q heads.", _TRAINED, _POSITIVE),
+    Metric("loss/cql", "nats", "Σ over the Q heads of −log softmax(Q)(a), before its weight.", _TRAINED, _POSITIVE),
+    Metric("loss/awac", "nats", "Imitation, −e^(β·advantage) log π(a), before its weight.", _TRAINED, _POSITIVE),
+    Metric("qvalues/mean", "reward", "What the slow Q heads say the taken action is worth (the lower one).", _TRAINED),
+    Metric("qvalues/advantage", "reward", "The same minus the value of the state.", _TRAINED),
+    Metric("values/mean", "reward", "Value of the state before an action.", _TRAINED),
     Metric("entropy", "nats per token", "Entropy of the whole next-token distribution.", _TRAINED, _POSITIVE),
     Metric("mean_token_accuracy", "share", "Share of tokens that were the most likely ones.", _TRAINED, _SHARE),
     Metric("num_tokens", "tokens", "Trained tokens so far.", "sum since the stage began", _POSITIVE),

@@ -1,4 +1,4 @@
-"""Scalar heads: a hidden state becomes a reward or a value."""
+"""Heads: a hidden state becomes a reward, a value, or a number for each token that may come next."""
 
 from __future__ import annotations
 
@@ -44,6 +44,22 @@ class ScalarHead(nn.Module):
         return [m for m in self.layers.modules() if isinstance(m, nn.Linear)][-1]
 
 
+class ActionHead(nn.Module):
+    """What each of V tokens is worth after a hidden state: D → 2D → ReLU → V in float32, as trlX's Q heads."""
+
+    def __init__(self, width: int, tokens: int) -> None:
+        super().__init__()
+        self.width, self.tokens = width, tokens
+        self.layers = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, tokens))
+
+    def forward(self, hidden_ND: Tensor) -> Tensor:
+        """… × D → … × V, float32 whatever the trunk's dtype."""
+        return self.layers(hidden_ND.float())
+
+
+Head = ScalarHead | ActionHead
+
+
 def head_std(width: int, init: HeadInit) -> float:
     """Standard deviation of a fresh head's weights.
 
@@ -65,4 +81,16 @@ def fresh_head(width: int, init: HeadInit, key: int, kind: HeadKind = "linear") 
         draw = randomness.generator(key, "head", number).normal(0.0, 1.0, tuple(layer.weight.shape))
         layer.weight.copy_(torch.from_numpy(draw) * head_std(layer.in_features, rule))
         layer.bias.zero_()
+    return head
+
+
+@torch.no_grad()
+def fresh_action_head(width: int, tokens: int, key: int, role: str) -> ActionHead:
+    """A head with weights and biases uniform in ±1/√(inputs of the layer), torch's own rule, from the counter key."""
+    head = ActionHead(width, tokens)
+    for number, layer in enumerate(m for m in head.modules() if isinstance(m, nn.Linear)):
+        for parameter in (layer.weight, layer.bias):
+            numbers = randomness.generator(key, role, number, parameter.dim())
+            draw = numbers.uniform(-1.0, 1.0, tuple(parameter.shape)) * layer.in_features**-0.5
+            parameter.copy_(torch.from_numpy(draw))
     return head

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -27,13 +27,15 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging
 
 from palate.models import peft_format
-from palate.models.heads import ScalarHead
+from palate.models.heads import ActionHead, Head, HeadKind, ScalarHead
 from palate.models.lora import merge
 from palate.models.tokenizer import Tokenizer
 from palate.models.trunk import Trunk
 from palate.settings import PalateError, Settings, nearest
 
 HEAD_WEIGHTS, HEAD_NOTE = "head.safetensors", "palate.json"
+ACTING_FOLDER, ACTING_WEIGHTS, ACTING_NOTE = "heads", "heads.safetensors", "heads.json"
+"""Values of actions have a folder of their own: servers read every weight file beside the model's as the model's."""
 
 Use = Literal["policy", "trunk", "reward"]
 """What a model is loaded for. `policy` speaks: causal, with a language-model head and an end token. `trunk` is read
@@ -93,12 +95,16 @@ def _require_device(name: str) -> None:
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model in memory. `head` is None unless the folder holds one; `source` says where it came from."""
+    """A model in memory. `head` is None unless the folder holds one; `source` says where it came from.
+
+    `heads` are what a policy learnt of its actions' values, by role: `q1`, `target_q1`, `value` and their like.
+    """
 
     trunk: Trunk
     tokenizer: Tokenizer
     head: ScalarHead | None
     source: str
+    heads: Mapping[str, Head] = field(default_factory=dict[str, Head])
 
 
 def load(path: str | Path, use: Use = "policy", how: Loading | None = None) -> Loaded:
@@ -117,6 +123,7 @@ def load(path: str | Path, use: Use = "policy", how: Loading | None = None) -> L
     with quiet(), _explained(path, how):
         tokenizer = _tokenizer(path, how)
         model, head = _model(path, folder, use, how)
+        heads = load_acting(folder, model) if use == "policy" else {}
     rows = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
     _check_vocabulary(path, tokenizer, rows)
     cast(nn.Module, model).to(how.place)
@@ -125,7 +132,8 @@ def load(path: str | Path, use: Use = "policy", how: Loading | None = None) -> L
         _check_policy(path, trunk, tokenizer)
     if how.checkpoint_activations:
         trunk.checkpoint_activations()
-    return Loaded(trunk, tokenizer, head.to(how.place) if head else None, path)
+    placed = {role: one.to(how.place) for role, one in heads.items()}
+    return Loaded(trunk, tokenizer, head.to(how.place) if head else None, path, placed)
 
 
 def _adapted(folder: Path, use: Use, how: Loading) -> Loaded:
@@ -291,6 +299,23 @@ def load_head(folder: Path, width: int) -> ScalarHead | None:
     head.load_state_dict(load_file(weights))
     head.trained = bool(facts["trained"])
     return head
+
+
+def load_acting(folder: Path, model: PreTrainedModel) -> dict[str, Head]:
+    """The heads that `palate.models.save.save_acting` left beside a policy, by role; none where there are none."""
+    note = folder / ACTING_FOLDER / ACTING_NOTE
+    if not note.exists():
+        return {}
+    facts = cast(dict[str, dict[str, Any]], json.loads(note.read_text(encoding="utf-8")))
+    weights = load_file(note.with_name(ACTING_WEIGHTS))
+    width = int(model.config.get_text_config().hidden_size)
+    heads: dict[str, Head] = {}
+    for role, fact in facts.items():
+        tokens, kind = fact.get("tokens"), cast(HeadKind, fact.get("head", "mlp"))
+        head = ScalarHead(width, kind) if tokens is None else ActionHead(width, int(tokens))
+        head.load_state_dict({k.removeprefix(f"{role}."): w for k, w in weights.items() if k.startswith(f"{role}.")})
+        heads[role] = head
+    return heads
 
 
 def _check_vocabulary(path: str, tokenizer: Tokenizer, rows: int) -> None:

@@ -18,14 +18,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICA
 
 from palate.checkpoint import sync_file, sync_folder, system_faults
 from palate.models import peft_format
-from palate.models.heads import ScalarHead
-from palate.models.load import HEAD_NOTE, HEAD_WEIGHTS, quiet
+from palate.models.heads import Head, ScalarHead
+from palate.models.load import ACTING_FOLDER, ACTING_NOTE, ACTING_WEIGHTS, HEAD_NOTE, HEAD_WEIGHTS, quiet
 from palate.models.lora import bare_state
 from palate.models.tokenizer import Tokenizer
 from palate.models.trunk import Trunk
 from palate.parallel import World
 
 _EMPTY: Mapping[str, Any] = {}
+_NO_HEADS: Mapping[str, Head] = {}
 
 
 @dataclass(frozen=True)
@@ -51,19 +52,21 @@ def save(
     head: ScalarHead | None = None,
     adapter: str | None = None,
     world: World | None = None,
+    heads: Mapping[str, Head] = _NO_HEADS,
 ) -> None:
     """Write a model folder, whole or not at all: under a temporary name first, durable, then renamed.
 
-    Without a head: a causal language model. With a head: a reward model, which `palate.models.load` reads exactly
-    and AutoModelForSequenceClassification reads where the family has that class (gain folded into the score, the
-    bias kept beside it). With an adapter: its weights merged, and the adapter itself in `adapter/` in PEFT's format.
+    Without a head: a causal language model, with the values of its actions in `heads/` where there are `heads`. With
+    a head: a reward model, which `palate.models.load` reads exactly and AutoModelForSequenceClassification reads where
+    the family has that class (gain folded into the score, the bias kept beside it). With an adapter: its weights
+    merged, and the adapter itself in `adapter/` in PEFT's format.
 
     In a world of several ranks each has to call it: sharded weights come together here, and rank 0 writes.
     """
     state = bare_state(trunk.model, adapter)
     adapted = peft_format.adapter_tensors(trunk.model, adapter) if adapter is not None else {}
     with system_faults(folder):
-        (world or World()).first(lambda: _write(folder, trunk, tokenizer, card, head, state, (adapter, adapted)))
+        (world or World()).first(lambda: _write(folder, trunk, tokenizer, card, head, state, (adapter, adapted), heads))
 
 
 def _write(
@@ -74,6 +77,7 @@ def _write(
     head: ScalarHead | None,
     state: dict[str, Tensor],
     adapter: tuple[str | None, dict[str, Tensor]],
+    heads: Mapping[str, Head],
 ) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -83,6 +87,8 @@ def _write(
             _save_speaker(partial, trunk, tokenizer, state)
         else:
             _save_judge(partial, trunk, tokenizer, head, state)
+    if heads:
+        save_acting(partial, heads)
     name, tensors = adapter
     if name is not None:
         task = "CAUSAL_LM" if head is None else "FEATURE_EXTRACTION"
@@ -147,6 +153,18 @@ def save_head(folder: Path, head: ScalarHead) -> None:
         "reads": "the last real token: score = gain * head(hidden) + bias",
     }
     (folder / HEAD_NOTE).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+
+
+def save_acting(folder: Path, heads: Mapping[str, Head]) -> None:
+    """Write the heads beside a policy, by role, as `palate.models.load.load_acting` reads them."""
+    inside = folder / ACTING_FOLDER
+    inside.mkdir()
+    tensors = {
+        f"{role}.{k}": v.detach().cpu().contiguous() for role, h in heads.items() for k, v in h.state_dict().items()
+    }
+    save_file(tensors, inside / ACTING_WEIGHTS)
+    notes = {r: {"head": h.kind} if isinstance(h, ScalarHead) else {"tokens": h.tokens} for r, h in heads.items()}
+    (inside / ACTING_NOTE).write_text(json.dumps(notes, indent=2) + "\n", encoding="utf-8")
 
 
 def _save_classifier(

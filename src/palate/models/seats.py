@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import Field
 from torch import nn
 
-from palate.models.heads import HeadInit, HeadKind, ScalarHead, fresh_head
+from palate.models.heads import Head, HeadInit, HeadKind, ScalarHead, fresh_action_head, fresh_head
 from palate.models.hydra import freeze_below, frozen_copy
 from palate.models.load import Loaded
 from palate.models.lora import adapter_names, add_adapter
 from palate.models.trunk import Trunk
 from palate.settings import PalateError, Settings, nearest
 
-ROLES = ("policy", "reference", "value", "reward")
+ACTION_VALUES: Mapping[str, str] = {"q1": "target_q1", "q2": "target_q2"}
+"""Roles that say what each next token is worth, each with the role that follows it without gradient."""
+ACTING = (*ACTION_VALUES, *ACTION_VALUES.values())
+ROLES = ("policy", "reference", "value", "reward", *ACTING)
 
 
 @dataclass(frozen=True)
 class Seat:
-    """Where a role sits: a trunk, the adapter it wears (None: the bare trunk), and a scalar head if it has one."""
+    """Where a role sits: a trunk, the adapter it wears (None: the bare trunk), and a head if it has one."""
 
     trunk: Trunk
     adapter: str | None
-    head: ScalarHead | None
+    head: Head | None
 
 
 class Layout(Settings):
@@ -50,7 +53,7 @@ class Layout(Settings):
     """The value head's start: zeros, random, or the reward model's head. auto: reward where the value starts from a
     reward model, zero elsewhere."""
     value_head: HeadKind = "linear"
-    """One linear layer, or trlX's two with a ReLU."""
+    """One linear layer, or trlX's two with a ReLU; beside values of actions always the latter."""
     reward_init: HeadInit = "reference"
     """A fresh reward head's standard deviation: 1/√(d+1) as the references, 1/(d+1) as Coati, or zero."""
 
@@ -60,22 +63,46 @@ def take_seats(
 ) -> dict[str, Seat]:
     """A seat for each of `roles`, with `requires_grad` set on exactly what trains.
 
+    Values of actions are heads beside the policy, on its trunk and adapter whatever the layout, and so is the value of
+    the state where there are any: one pass gives them all. Heads that `start` brings along go on learning.
+
     The models given are taken over: the policy (or the reward model) trains in place, and `value_start`, a reward
     model that the value role starts from, becomes the value network. Raises PalateError for combinations that
     cannot be: a value model on a shared trunk, one that sees the future, or one with another tokenizer.
     """
     _check(layout, start, roles, value_start)
     arrange = {"separate": _separate, "shared": _shared, "adapters": _adapters, "hydra": _hydra}[layout.kind]
-    places = arrange(layout, start.trunk, roles, key, value_start.trunk if value_start else None)
-    heads = {
+    beside = _beside_the_policy(roles)
+    apart = [role for role in roles if role not in beside]
+    places = arrange(layout, start.trunk, apart, key, value_start.trunk if value_start else None)
+    heads: dict[str, Callable[[int], Head]] = {
         "value": lambda width: _value_head(layout, width, key, value_start),
         "reward": lambda width: start.head or fresh_head(width, layout.reward_init, key),
     }
+    heads |= {role: lambda width, role=role: _acting_head(role, start, layout, width, key) for role in beside}
     seats: dict[str, Seat] = {}
-    for role, (trunk, adapter) in places.items():
+    for role in roles:
+        trunk, adapter = places["policy" if role in beside else role]
         head = heads[role](trunk.width) if role in heads else None
         seats[role] = Seat(trunk, adapter, head.to(trunk.device) if head else None)
     return seats
+
+
+def _beside_the_policy(roles: Sequence[str]) -> list[str]:
+    """The values of actions, and then the value of the state too."""
+    acting = any(role in ACTING for role in roles)
+    return [role for role in roles if role in ACTING or (acting and role == "value")]
+
+
+def _acting_head(role: str, start: Loaded, layout: Layout, width: int, key: int) -> Head:
+    """The head that `start` has for the role, or a fresh one; those without gradient begin as copies."""
+    had = start.heads.get(role)
+    if role == "value":
+        return had or _value_head(layout.model_copy(update={"value_head": "mlp"}), width, key, None)
+    if role in ACTION_VALUES:
+        return had or fresh_action_head(width, start.trunk.vocabulary, key, role)
+    leader = next(q for q, follower in ACTION_VALUES.items() if follower == role)
+    return (had or copy.deepcopy(_acting_head(leader, start, layout, width, key))).requires_grad_(False)
 
 
 _Places = dict[str, tuple[Trunk, str | None]]
@@ -139,6 +166,8 @@ def _check(layout: Layout, start: Loaded, roles: Sequence[str], value_start: Loa
             raise PalateError(f"no role is called {role!r}.{nearest(role, ROLES)} Known: {', '.join(ROLES)}.")
     if "policy" in roles and not (start.trunk.causal and start.trunk.speaks):
         raise PalateError(f"{start.source}: it cannot be a policy. Give a causal language model.")
+    if any(role in ACTING for role in roles) and "policy" not in roles:
+        raise PalateError("values of actions sit beside the policy. Give the cast a policy.")
     if value_start is None:
         return
     if layout.kind != "separate":

@@ -17,6 +17,7 @@ from palate.data.encode import Encoding, encode_demonstrations, encode_prompts
 from palate.data.source import Data
 from palate.engines.engine import Sampling
 from palate.engines.local import LocalEngine
+from palate.models.heads import ScalarHead
 from palate.models.load import Loaded, Loading
 from palate.randomness import key
 from palate.records import Record
@@ -70,7 +71,7 @@ def normalise(asked: Normalise, scale: Scale) -> tuple[float, float]:
     Returns (gain, bias). The trained gain is thrown away, as in the reference, so that the scale is always fresh.
     """
     head = scale.cast.seat("reward").head
-    if head is None:
+    if not isinstance(head, ScalarHead):
         raise PalateError("normalise: this stage trains no reward head.")
     records = _rows.read_side(asked.data, scale.here, "all") if asked.data is not None else scale.records
     tokens = (_answers if asked.over == "answers" else _demonstrations)(asked, scale, records)
