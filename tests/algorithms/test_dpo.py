@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from palate import losses
@@ -516,8 +517,6 @@ def test_equal_answers_in_a_file_end_the_run_with_one_line(model: Path, tmp_path
 
 
 def test_palate_check_sets_it_up(model: Path, data: Path, tmp_path: Path) -> None:
-    import yaml
-
     recipe = tmp_path / "recipe.yaml"
     given = {"name": "small", "output_dir": str(tmp_path / "runs"), "stages": [cases.stage(model, data)]}
     recipe.write_text(yaml.safe_dump(given))
