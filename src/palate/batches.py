@@ -227,7 +227,8 @@ class Experience(Tokens):
 
     `value_mask_BT` says where the value function is trained (a superset of `action_BT` when the score sits on the
     state after the end). `memory` is what the algorithm remembers for the next iteration. `shown_BT` is for people
-    alone: whatever else the algorithm knew about each token, by name. No loss reads it.
+    alone: whatever else the algorithm knew about each token, by name. No loss reads it. `ref_logp_BT` are the
+    reference's log-probabilities, where a loss reads them.
     """
 
     logp_BT: Tensor
@@ -239,6 +240,7 @@ class Experience(Tokens):
     memory: Mapping[str, float]
     metrics: Mapping[str, float]
     shown_BT: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+    ref_logp_BT: Tensor | None = None
 
     def counts(self) -> dict[str, float]:
         return {**Tokens.counts(self), "values": float(self.value_mask_BT.sum())}

@@ -8,6 +8,7 @@ Half-precision inputs are computed and returned in float32, float64 stays float6
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -173,8 +174,13 @@ def shape_reward(
     mask_BT: Tensor,
     kl_coef: float,
     position: Literal["last", "after"] = "last",
+    estimator: Callable[[Tensor, Tensor], Tensor] = kl_k1,
 ) -> Tensor:
     """−β(log p − log p_ref) on every token of the mask, plus the score once (Ziegler et al. 2019, eq. 2).
+
+    `estimator` is what a token pays instead. The policy gradient takes a reward as given, so −k1 has on average the
+    gradient of −KL(p‖p_ref) and no other estimate has: −k3 has that of KL(p_ref‖p) − KL(p‖p_ref), −k2 that of
+    KL(p‖p_ref) − E[k2].
 
     `position="last"` puts the score on the row's last token of the mask. `"after"` puts it one place later, on the
     state after the last token, where a value model made from the reward model reads the score itself (TL;DR
@@ -182,7 +188,7 @@ def shape_reward(
     """
     if position not in ("last", "after"):
         raise ValueError(f"position is 'last' or 'after', not {position!r}")
-    penalty_BT = -kl_coef * kl_k1(keep(logp_BT, mask_BT), keep(ref_BT, mask_BT))
+    penalty_BT = -kl_coef * estimator(keep(logp_BT, mask_BT), keep(ref_BT, mask_BT))
     last_B = last_true_index(mask_BT)
     at_B = last_B if position == "last" else (last_B + 1).clamp(max=mask_BT.shape[-1] - 1)
     place_T = torch.arange(mask_BT.shape[-1], device=mask_BT.device)
@@ -237,6 +243,32 @@ def gain_and_bias(
         )
     gain = std / spread
     return gain, mean - gain * float(reward_N.mean())
+
+
+class RunningMoments:
+    """Mean and standard deviation of all numbers met so far, a batch at a time (Chan et al. 1979, eq. 2.1).
+
+    trlX divides scores by this deviation (`scale_reward: running`); it is the sample's, N−1 in the denominator.
+    """
+
+    def __init__(self, count: float = 0.0, mean: float = 0.0, square: float = 0.0) -> None:
+        """`square` is the sum of squared distances from the mean."""
+        self.count, self.mean, self.square = count, mean, square
+
+    def update(self, x_N: Tensor) -> None:
+        """Take in more numbers."""
+        x_N = x_N.detach().double()
+        new, gap = x_N.numel(), float(x_N.mean()) - self.mean
+        whole = self.count + new
+        self.square += float((x_N - x_N.mean()).square().sum()) + gap**2 * self.count * new / whole
+        self.mean += gap * new / whole
+        self.count = whole
+
+    @property
+    def std(self) -> float:
+        """The sample's standard deviation; 1 where the numbers do not vary, so that dividing by it does nothing."""
+        found = math.sqrt(self.square / (self.count - 1)) if self.count > 1 else 0.0
+        return found if found > 1e-8 else 1.0
 
 
 class AdaptiveKL:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -20,6 +22,8 @@ R = TypeVar("R", bound=Rows)
 LossFunction = Callable[[R], Loss]
 
 
+_AVERAGE = "average"
+"""The name under which a checkpoint keeps moving averages, beside the optimiser's fields."""
 _SCHEDULES = {"constant": optim.constant, "linear": optim.linear, "cosine": optim.cosine}
 
 
@@ -49,8 +53,52 @@ class Optimiser(Settings):
         return self.learning_rate * optim.warmed_up(update, updates, self.warmup_steps, schedule)
 
 
+@dataclass(frozen=True)
+class Job:
+    """A batch, what is minimised on it, and how many of its rows a forward pass takes."""
+
+    batch: Rows
+    loss: LossFunction[Any]
+    microbatch: int
+
+
+class Average:
+    """A moving average of parameters, kept beside them: a ← decay · a + (1 − decay) · p behind each step.
+
+    It begins as the parameters are, so nothing has to be corrected for a start at zero. InstructGPT saves the average
+    of its policy, with a decay of 0.992 (Ouyang et al. 2022, appendix C.4). Of sharded parameters each rank keeps its
+    part.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay = dict(parameters), decay
+        self.averages = {name: local(p).detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """One more step is behind us."""
+        for name, parameter in self.parameters.items():
+            self.averages[name].lerp_(local(parameter), 1 - self.decay)
+
+    @contextmanager
+    def worn(self) -> Generator[None]:
+        """The parameters are their averages within, and themselves again afterwards."""
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    @torch.no_grad()
+    def _exchange(self) -> None:
+        for name, parameter in self.parameters.items():
+            mine = local(parameter).clone()
+            local(parameter).copy_(self.averages[name])
+            self.averages[name].copy_(mine)
+
+
 class Stepper:
-    """The trained parameters, by name, with their optimiser."""
+    """The trained parameters, by name, with their optimiser, and a moving average of some where one is kept."""
 
     def __init__(
         self,
@@ -58,8 +106,9 @@ class Stepper:
         settings: Optimiser,
         world: World,
         tell: Callable[[str], None] = lambda text: None,
+        average: Average | None = None,
     ) -> None:
-        """`tell` hears when memory ran out and the batch was cut finer."""
+        """`tell` hears when memory ran out and the batch was cut finer; `average` follows each step."""
         if not parameters:
             raise PalateError("nothing to train: no parameter of the trained roles takes a gradient.")
         self.names = list(parameters)
@@ -67,6 +116,7 @@ class Stepper:
         self.settings = settings
         self.world = world
         self.tell = tell
+        self.average = average
         self.adam = optim.Adam(
             self.parameters,
             lr=settings.learning_rate,
@@ -79,17 +129,19 @@ class Stepper:
         self.most_rows: int | None = None
         """The rows of a micro-batch that memory was found to hold; none where it never ran out."""
 
-    def step(self, batch: R, loss: LossFunction[R], microbatch: int, rate: float) -> dict[str, float]:
-        """Move the weights once, by the gradient of `loss` over the whole of `batch`.
+    def step(
+        self, batch: R, loss: LossFunction[R], microbatch: int, rate: float, beside: Sequence[Job] = ()
+    ) -> dict[str, float]:
+        """Move the weights once, by the gradient of `loss` over the whole of `batch`, and of what is learnt beside it.
 
-        Every rank holds the whole batch and takes its share of it. Each term of the loss is a sum; it is divided
-        here, once, by the count of its unit over the whole batch. The gradient is therefore the same for any
-        `microbatch` and any number of ranks. Returns the averaged metrics.
+        Every rank holds the whole batch and takes its share of it. Each term of a loss is a sum; it is divided
+        here, once, by the count of its unit over the whole of its own batch. The gradient is therefore the same for
+        any `microbatch` and any number of ranks. Returns the averaged metrics.
 
         Raises NotFinite, the weights as they were, when the loss or the gradient is nan or infinite. Where memory
         runs out the batch is cut finer and gone through again; the finer cut is kept.
         """
-        means, terms = self._gradient(batch, loss, microbatch)
+        means, terms = self._gradient([Job(batch, loss, microbatch), *beside])
         norm = self.world.norm(self.parameters)
         self._require_finite({**terms, "gradient norm": norm})
         self._clip(norm)
@@ -97,11 +149,13 @@ class Stepper:
             group["lr"] = rate
         self.adam.step()
         self.forget()
+        if self.average is not None:
+            self.average.follow()
         return {**means, **terms, "grad_norm": norm, "lr": rate}
 
     def gradient(self, batch: R, loss: LossFunction[R], microbatch: int) -> dict[str, Tensor]:
         """The gradient that `step` would follow, whole, by parameter name; weights stay as they are."""
-        self._gradient(batch, loss, microbatch)
+        self._gradient([Job(batch, loss, microbatch)])
         found = {
             name: whole(parameter.grad).clone()
             for name, parameter in zip(self.names, self.parameters, strict=True)
@@ -114,31 +168,35 @@ class Stepper:
         """Drop the gradients."""
         self.adam.zero_grad(set_to_none=True)
 
-    def _gradient(self, batch: R, loss: LossFunction[R], microbatch: int) -> tuple[dict[str, float], dict[str, float]]:
-        """Gradients in place, summed over ranks; returns the averaged metrics and the terms of the loss."""
-        rows, held = min(microbatch, self.most_rows or microbatch), self.most_rows
+    def _gradient(self, jobs: Sequence[Job]) -> tuple[dict[str, float], dict[str, float]]:
+        """Gradients in place, summed over jobs and ranks; returns the averaged metrics and the terms of the losses."""
+        held = self.most_rows
         while True:
             self.forget()
             seen = _Averages()
-            short = self._accumulate(batch, loss, rows, seen)
-            if not self.world.any(short):
+            short = next((job for job in jobs if self.world.any(self._accumulate(job, seen))), None)
+            if short is None:
                 break
-            rows = self._halved(self.world.rows_each(batch.size, rows))
+            rows = self._halved(self.world.rows_each(short.batch.size, self._rows(short)))
         if self.most_rows != held:
             self.tell(
-                f"memory ran out with a micro-batch of {microbatch} rows. From now on it has {rows}; the gradient is "
-                f"the same. Set microbatch_size: {rows} to begin with that."
+                f"memory ran out with a micro-batch of {jobs[0].microbatch} rows. From now on it has {rows}; the "
+                f"gradient is the same. Set microbatch_size: {rows} to begin with that."
             )
         self.world.sum_gradients(self.parameters)
         return self.world.sum_means(seen.means), self.world.sum(seen.terms)
 
-    def _accumulate(self, batch: R, loss: LossFunction[R], rows: int, seen: _Averages) -> bool:
+    def _rows(self, job: Job) -> int:
+        """Rows of a micro-batch of a job, as far as memory is known to hold them."""
+        return min(job.microbatch, self.most_rows or job.microbatch)
+
+    def _accumulate(self, job: Job, seen: _Averages) -> bool:
         """Forward and backward over this rank's parts; whether memory ran out on the way."""
-        counts = batch.counts()
-        parts = list(batch.split(self.world.rows_each(batch.size, rows)))
+        counts = job.batch.counts()
+        parts = list(job.batch.split(self.world.rows_each(job.batch.size, self._rows(job))))
         try:
             for part, matters in self.world.deal(parts):
-                result = loss(part.trimmed())
+                result = job.loss(part.trimmed())
                 weighted = [t.total * (t.weight / max(counts[t.per], 1.0)) for t in result.terms.values()]
                 (torch.stack(weighted).sum() * float(matters)).backward()
                 seen.add(result, counts, matters)
@@ -175,6 +233,9 @@ class Stepper:
         for name, parameter in zip(self.names, self.parameters, strict=True):
             for field, value in self.adam.state.get(parameter, {}).items():
                 tensors[f"{field}/{name}"] = whole_like(parameter, torch.as_tensor(value))
+        if self.average is not None:
+            for name, mean in self.average.averages.items():
+                tensors[f"{_AVERAGE}/{name}"] = whole_like(self.average.parameters[name], mean)
         return tensors
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
@@ -183,11 +244,18 @@ class Stepper:
             mine: dict[str, Any] = {}
             for key, value in tensors.items():
                 field, _, owner = key.partition("/")
-                if owner == name:
+                if owner == name and field != _AVERAGE:
                     here = local(parameter).device
                     mine[field] = value.clone() if value.dim() == 0 else part_like(parameter, value).to(here).clone()
             if mine:
                 self.adam.state[parameter] = mine
+        if self.average is not None:
+            for name, mean in self.average.averages.items():
+                mean.copy_(part_like(self.average.parameters[name], tensors[f"{_AVERAGE}/{name}"]))
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Where the parameters are their moving averages, if any are kept."""
+        return nullcontext() if self.average is None else self.average.worn()
 
 
 def _memory_ran_out(fault: BaseException) -> bool:
