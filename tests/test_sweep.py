@@ -552,6 +552,8 @@ def test_what_is_noise_is_called_noise_and_what_is_not_is_not() -> None:
     alone = replace(found, seeds=(1,), rows=judged([row(0, 0.5), row(1, 0.1)], 1.0))
     assert "With one seed no difference can be told from luck" in " ".join(summary(alone))
     assert alone.rows[1].verdict == "not compared"
+    torn = comparison(row(0, 0.5, 0.6, 0.55), row(1, None, None, 0.4))
+    assert summary(torn)[1:] == ["No other setting shares two seeds with it, so no difference is judged."]
 
 
 def test_a_measure_to_be_low_makes_the_lowest_the_best() -> None:

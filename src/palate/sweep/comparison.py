@@ -198,6 +198,8 @@ def summary(found: Comparison) -> list[str]:
         who = "No other setting is" if not worse else f"{len(close)} {'is' if len(close) == 1 else 'are'} not"
         said.append(f"{who} told apart from it by {len(found.seeds)} seeds: this is not proof that they are equal.")
     count = len(worse) + len(close)
+    if not count:
+        return [*said, "No other setting shares two seeds with it, so no difference is judged."]
     said.append(f"Differences are paired by seed (t-test, adjusted by Holm for {count} comparisons, level {LEVEL}).")
     said.append("The best of several noisy means is flattered by having been picked; measure it again under new seeds.")
     return said

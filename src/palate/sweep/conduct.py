@@ -37,8 +37,9 @@ def conduct(sweep: Sweep, display: Display, jobs: int = 1, metric: str | None = 
             _close(sweep, measured.measure, failures, display)
     if failures:
         first, why = next(iter(failures.items()))
+        end = "" if why.endswith((".", "!", "?")) else "."
         raise RunsFailed(
-            f"{len(failures)} of {len(sweep.runs)} runs failed, the first of them {first}: {why} "
+            f"{len(failures)} of {len(sweep.runs)} runs failed, the first of them {first}: {why}{end} "
             "Mend that and run the same command again: what is done is kept."
         )
 
