@@ -18,6 +18,7 @@ from palate.data.encode import Encoding, encode_prompts
 from palate.door_rows import Rows, demonstrations, is_dialogue, write_rows
 from palate.engines.engine import Sampling
 from palate.engines.local import LocalEngine
+from palate.engines.steering import Steer, Steering
 from palate.live import Display
 from palate.models.load import Loaded
 from palate.models.load import load as load_model
@@ -44,16 +45,28 @@ class Trained:
         self.evaluation: list[dict[str, Any]] = []
         self._sampling = sampling or parse(Sampling, {})
 
-    def generate(self, prompts: str | Sequence[Any], seed: int = 1, greedy: bool = False, **sampling: Any) -> list[str]:
+    def generate(
+        self,
+        prompts: str | Sequence[Any],
+        seed: int = 1,
+        greedy: bool = False,
+        *,
+        beta: float = 0.0,
+        legal_bigrams: Sequence[tuple[int, int]] = (),
+        **sampling: Any,
+    ) -> list[str]:
         """One answer per prompt, as text. A prompt is a string or a list of `{role, content}` messages.
 
         `sampling` overrides the settings the model was trained with (temperature, max_new_tokens, …). The same
-        prompt, seed and settings give the same answer, whatever the other prompts are.
+        prompt, seed and settings give the same answer, whatever the other prompts are. `beta` steers by the values that
+        the model learnt of its actions, `legal_bigrams` names the pairs of tokens that may follow one another.
         """
         listed = [prompts] if isinstance(prompts, str) else list(prompts)
         longest = {"max_new_tokens": min(self._sampling.max_new_tokens, max(self.loaded.trunk.context // 2, 1))}
         how = parse(Sampling, {**self._sampling.model_dump(), **longest, **sampling}, "sampling")
-        return answers(self.loaded, [_text(p) for p in listed], how, seed, greedy)
+        steering = parse(Steering, {"beta": float(beta), "legal_bigrams": tuple(legal_bigrams)}, "steering")
+        steer = Steer(self.loaded.trunk, self.loaded.heads, float(beta), steering.legal_bigrams)
+        return answers(self.loaded, [_text(p) for p in listed], how, seed, greedy, steer)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Copy the model to a folder that transformers (or PEFT) and palate load."""
@@ -71,12 +84,14 @@ class Trained:
         return f"Trained({self.folder!r})"
 
 
-def answers(loaded: Loaded, prompts: Sequence[Text], sampling: Sampling, seed: int, greedy: bool) -> list[str]:
+def answers(
+    loaded: Loaded, prompts: Sequence[Text], sampling: Sampling, seed: int, greedy: bool, steer: Steer | None = None
+) -> list[str]:
     """One answer per prompt, decoded without special tokens, in the order of the prompts."""
     room = max(loaded.trunk.context - sampling.max_new_tokens, 1)
     records = [Prompt(prompt) for prompt in prompts]
     rows = encode_prompts(records, loaded.tokenizer, Encoding(), room).rows
-    engine = LocalEngine(loaded.trunk, loaded.tokenizer, sampling)
+    engine = LocalEngine(loaded.trunk, loaded.tokenizer, sampling, steer=steer)
     texts: list[str] = []
     for start in range(0, len(rows), _AT_ONCE):
         part = rows[start : start + _AT_ONCE]

@@ -15,6 +15,7 @@ from palate.batches import Rollouts, Tokens
 from palate.engines.draw import draw, drawn_from
 from palate.engines.engine import Sampling, answers_per_prompt, lay_out
 from palate.engines.publication import Publication
+from palate.engines.steering import Steer
 from palate.models.lora import bare_state, wear
 from palate.models.tokenizer import Tokenizer
 from palate.models.trunk import Trunk
@@ -42,6 +43,8 @@ class _Live:
 
     drafts: list[_Draft]
     hidden_BD: Tensor
+    last_B: Tensor
+    """The token that `hidden_BD` is the state of."""
     real_BL: Tensor
     cache: Any
 
@@ -63,14 +66,17 @@ class LocalEngine:
         adapter: str | None = None,
         batch_size: int = 64,
         world: World | None = None,
+        steer: Steer | None = None,
     ) -> None:
         """`batch_size` is how many answers are written at once; it moves memory and speed, not answers.
+
+        `steer` changes the logits before anything else does; none leaves them to the policy.
 
         In a world of several ranks each writes its share and all hold the whole; every rank makes the same calls.
         """
         self.world = world or World()
         self.trunk, self.tokenizer, self.sampling = trunk, tokenizer, sampling
-        self.adapter, self.batch_size = adapter, batch_size
+        self.adapter, self.batch_size, self.steer = adapter, batch_size, steer
         if not (trunk.causal and trunk.speaks):
             fault = "has no language-model head" if trunk.causal else "reads both ways (an encoder)"
             raise PalateError(f"{trunk.family}: this model {fault}, so it cannot write. Take a causal language model.")
@@ -108,7 +114,7 @@ class LocalEngine:
         with wear(self.adapter):
             for end in range(max(1, length - _ONE_BY_ONE), length):
                 hidden_BSD, cache = self.trunk.extend(said_BT[:, start:end], text.real_BT[:, :end], cache)
-                logits_NV = self.trunk.logits(hidden_BSD.flatten(0, 1))
+                logits_NV = self._logits(hidden_BSD.flatten(0, 1), said_BT[:, start:end].flatten())
                 every_NV = drawn_from(logits_NV, self.sampling, self._ends, early=False)
                 following = said_BT[:, start + 1 : end + 1].reshape(-1, 1)
                 logp_BT[:, start + 1 : end + 1] = every_NV.gather(-1, following).view(said_BT.shape[0], -1)
@@ -173,6 +179,8 @@ class LocalEngine:
         for t in range(self.sampling.max_new_tokens):
             token_B, logp_B = self._next(live, t, greedy)
             ended_B = torch.isin(token_B, self._ends)
+            if self.sampling.stop:
+                ended_B = ended_B | self._stopped(live.drafts, token_B)
             for draft, token, logp, ended in _rows(live.drafts, token_B, logp_B, ended_B):
                 draft.tokens.append(token)
                 draft.logps.append(logp)
@@ -184,8 +192,20 @@ class LocalEngine:
                 live.keep(going)
                 token_B = token_B[going]
             live.real_BL = torch.cat([live.real_BL, torch.ones_like(live.real_BL[:, :1])], -1)
+            live.last_B = token_B
             hidden_B1D, live.cache = self.trunk.extend(token_B[:, None], live.real_BL, live.cache)
             live.hidden_BD = hidden_B1D[:, -1]
+
+    def _stopped(self, drafts: list[_Draft], token_B: Tensor) -> Tensor:
+        """Whether each answer, with its new token, now holds one of the texts that end it.
+
+        Every token has at least one byte, so a stop text lies in the last tokens, as many as it has bytes.
+        """
+        window = max(len(text.encode()) for text in self.sampling.stop)
+        tails = [[*d.tokens[-window:], token] for d, token in zip(drafts, token_B.tolist(), strict=True)]
+        said = [self.tokenizer.decode(tail) for tail in tails]
+        held = [any(text in one for text in self.sampling.stop) for one in said]
+        return torch.tensor(held, device=token_B.device)
 
     def _read(self, drafts: list[_Draft], prompt_ids: Sequence[Sequence[int]]) -> _Live:
         """Read each distinct prompt once (padded on the left), then deal it out to its answers."""
@@ -203,11 +223,15 @@ class LocalEngine:
         deal = torch.tensor([place[ids] for ids in asked], device=device)
         if len(place) < len(drafts):
             cache.batch_select_indices(deal)
-        return _Live(drafts, hidden_PLD[deal, -1], real_PL[deal], cache)
+        return _Live(drafts, hidden_PLD[deal, -1], tokens_PL.to(device)[deal, -1], real_PL[deal], cache)
+
+    def _logits(self, hidden_ND: Tensor, last_N: Tensor) -> Tensor:
+        logits_NV = self.trunk.logits(hidden_ND)
+        return logits_NV if self.steer is None else self.steer(logits_NV, hidden_ND, last_N)
 
     def _next(self, live: _Live, t: int, greedy: bool) -> tuple[Tensor, Tensor]:
         """Token t of every live answer and its log-probability."""
-        logits_BV = self.trunk.logits(live.hidden_BD)
+        logits_BV = self._logits(live.hidden_BD, live.last_B)
         logp_BV = drawn_from(logits_BV, self.sampling, self._ends, early=t < self.sampling.min_new_tokens)
         broken_B = logp_BV.isnan().any(-1)
         if bool(broken_B.any()):

@@ -13,6 +13,7 @@ from palate.cast import Cast, Seat
 from palate.data import collate
 from palate.data.encode import Encoding, PromptRow, RankedRow, encode_rankings
 from palate.engines.engine import Sampling
+from palate.engines.steering import Steer
 from palate.evaluation.kl import SequenceKL, kl_to_reference
 from palate.models.load import Loaded
 from palate.models.tokenizer import Tokenizer
@@ -53,14 +54,17 @@ class Asking:
     truncation: Truncation | None
     answers: int
     batch_size: int
+    legal_bigrams: Sequence[tuple[int, int]] = ()
 
-    def hear(self, here: Workspace, model: Loaded, baseline: Loaded, judges: Mapping[str, Scorer]) -> Said:
-        """One model's answers, judged."""
+    def hear(
+        self, here: Workspace, model: Loaded, baseline: Loaded, judges: Mapping[str, Scorer], beta: float = 0.0
+    ) -> Said:
+        """One model's answers, judged; `beta` is how much it is steered by the values it learnt."""
         prompts = self._prompts(here, model)
-        rollouts = self._rollouts(here, model, prompts)
+        rollouts = self._rollouts(here, model, prompts, beta)
         judged = self._cut(rollouts, model.tokenizer)
         asked = [record.prompt or prompt.text for record, prompt in zip(self.records, prompts, strict=True)]
-        answers = answers_of(judged, prompts, model.tokenizer, asked)
+        answers = answers_of(judged, prompts, model.tokenizer, asked, stop=self.sampling.stop)
         return Said(
             prompts=answers.prompts,
             completions=answers.completions,
@@ -69,7 +73,7 @@ class Asking:
             lengths=judged.length_B.tolist(),
             finished=judged.finished_B.tolist(),
             scores={name: judge.score(answers).score_B.tolist() for name, judge in judges.items()},
-            kl=_distance(model, baseline, rollouts, self.batch_size),
+            kl=None if model is baseline and not beta else _distance(model, baseline, rollouts, self.batch_size),
         )
 
     def _prompts(self, here: Workspace, model: Loaded) -> list[PromptRow]:
@@ -83,12 +87,13 @@ class Asking:
             )
         return found
 
-    def _rollouts(self, here: Workspace, model: Loaded, prompts: Sequence[PromptRow]) -> Rollouts:
+    def _rollouts(self, here: Workspace, model: Loaded, prompts: Sequence[PromptRow], beta: float) -> Rollouts:
         """Keys do not name the model: every model faces the same draws, which narrows paired differences."""
         per_prompt = range(self.answers)
         keys = [key(here.seed, here.name, p.key, k, "evaluate") for p in prompts for k in per_prompt]
         seats = Cast({"policy": Seat(model.trunk, None, None)})
-        engine = _seats.engine(seats, model.tokenizer, self.sampling, self.records)
+        steer = Steer(model.trunk, model.heads, beta, self.legal_bigrams)
+        engine = _seats.engine(seats, model.tokenizer, self.sampling, self.records, steer)
         return engine.generate([p.tokens for p in prompts], keys)
 
     def _cut(self, rollouts: Rollouts, tokenizer: Tokenizer) -> Rollouts:
@@ -109,8 +114,8 @@ def _as_prompt(record: Record) -> Prompt:
 
 
 def _distance(model: Loaded, baseline: Loaded, rollouts: Rollouts, rows: int) -> SequenceKL | None:
-    """KL to the baseline; None for the baseline itself and between models that do not share their tokens."""
-    if model is baseline or not model.tokenizer.same_words(baseline.tokenizer):
+    """KL to the baseline; None between models that do not share their tokens."""
+    if not model.tokenizer.same_words(baseline.tokenizer):
         return None
     seats = Cast({"reference": Seat(baseline.trunk, None, None)})
     return kl_to_reference(seats, rollouts.to(seats.device), rows)

@@ -13,8 +13,10 @@ from palate.cast import Cast, Layout, assemble
 from palate.data.segments import stop_tokens
 from palate.engines.engine import Sampling
 from palate.engines.local import LocalEngine
+from palate.engines.steering import Steer
 from palate.evidence import digest
 from palate.models import load as loading
+from palate.models.heads import ScalarHead
 from palate.models.load import Loaded, Loading, Use
 from palate.models.make import Make, make
 from palate.models.save import Card, save
@@ -80,13 +82,15 @@ def at_hand(asked: Scorer | None, here: Workspace) -> Scorer | None:
     return None if asked is None else resolve(asked, lambda name: Path(here.resolve(name)))
 
 
-def engine(cast: Cast, tokenizer: Tokenizer, sampling: Sampling, records: Sequence[Record]) -> LocalEngine:
+def engine(
+    cast: Cast, tokenizer: Tokenizer, sampling: Sampling, records: Sequence[Record], steer: Steer | None = None
+) -> LocalEngine:
     """The engine that speaks for the policy; conversations also end at the chat template's end of turn."""
     if any(not isinstance(r.prompt, str) for r in records) and not sampling.fixed_length:
         ends = tuple(i for i in stop_tokens(tokenizer) if i != tokenizer.eos)
         sampling = sampling.model_copy(update={"stop_token_ids": (*sampling.stop_token_ids, *ends)})
     seat = cast.roles["policy"]
-    return LocalEngine(seat.trunk, tokenizer, sampling, adapter=seat.adapter, world=cast.world)
+    return LocalEngine(seat.trunk, tokenizer, sampling, adapter=seat.adapter, world=cast.world, steer=steer)
 
 
 def offline_cast(
@@ -123,10 +127,14 @@ def keep(
     sources: Sequence[str],
     metrics: Mapping[str, float],
 ) -> None:
-    """Save the model of `role` as `model/` in the stage's folder, with a card that says where it comes from."""
+    """Save the model of `role` as `model/` in the stage's folder, with a card that says where it comes from.
+
+    Values of actions that were learnt beside a policy are saved with it.
+    """
     seat = cast.seat(role)
-    if seat.head is not None:
-        seat.head.trained = True
+    head = seat.head if isinstance(seat.head, ScalarHead) else None
+    if head is not None:
+        head.trained = True
     card = Card(
         title=f"{here.folder.parent.name}: {here.name}",
         base=loaded.source,
@@ -134,4 +142,5 @@ def keep(
         settings=stage.model_dump(mode="json"),
         metrics=metrics,
     )
-    save(here.folder / "model", seat.trunk, loaded.tokenizer, card, seat.head, seat.adapter, here.world)
+    heads = cast.acting()
+    save(here.folder / "model", seat.trunk, loaded.tokenizer, card, head, seat.adapter, here.world, heads)

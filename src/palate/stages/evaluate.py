@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from palate.data.encode import Encoding
 from palate.data.source import Data
 from palate.engines.engine import Sampling
+from palate.engines.steering import Steering
 from palate.evaluation import outcome
 from palate.evaluation.outcome import ModelOutcome, Outcome
 from palate.evaluation.reward_accuracy import RewardAccuracy
@@ -48,6 +49,8 @@ class Stage(Choice):
     """Answers per prompt and model."""
     sampling: Sampling = Sampling()
     """How answers are drawn, the same for every model."""
+    steering: Steering = Steering()
+    """How decoding leaves the policy's own distribution: by learnt values of actions, and what may follow what."""
     truncation: Truncation | None = None
     """Cut answers after a token before they are judged, as the training stage did."""
     encoding: Encoding = Encoding()
@@ -61,6 +64,8 @@ class Stage(Choice):
 
     @model_validator(mode="after")
     def _has_work(self) -> Stage:
+        if any(self.steering.betas) and not self.models:
+            raise ValueError("steering: there is no model to steer.")
         for name in (self.gold, self.judge):
             if name is not None and name not in self.rewards:
                 known = ", ".join(self.rewards) or "none"
@@ -116,14 +121,30 @@ class Stage(Choice):
         for name, source in self.models.items():
             model = load_model(here.resolve(source), "policy", self.loading)
             baseline = baseline or model
-            said[name] = asking.hear(here, model, baseline, judges)
+            if any(self.steering.betas) and not model.heads:
+                here.warn(f"{name} has learnt no values of its actions, so it answers unsteered")
+            for title, beta in self._ways(name, model):
+                said[title] = asking.hear(here, model, baseline, judges, beta)
             del model
             _answering.release()
             advance({})
         return said, baseline.tokenizer if baseline else None
 
+    def _ways(self, name: str, model: Loaded) -> list[tuple[str, float]]:
+        """The names under which a model answers, and the β of each; one that learnt no values has only its own way."""
+        betas = self.steering.betas if model.heads else (0.0,)
+        return [(name if len(betas) == 1 else f"{name} beta {beta:g}", beta) for beta in betas]
+
     def _asking(self, records: Sequence[Record]) -> _answering.Asking:
-        return _answering.Asking(records, self.encoding, self.sampling, self.truncation, self.answers, self.batch_size)
+        return _answering.Asking(
+            records,
+            self.encoding,
+            self.sampling,
+            self.truncation,
+            self.answers,
+            self.batch_size,
+            self.steering.legal_bigrams,
+        )
 
     def _judge_rewards(
         self, here: Workspace, judges: Mapping[str, Scorer], tokenizer: Tokenizer | None, notes: list[str]
@@ -164,7 +185,7 @@ class Stage(Choice):
                 if one is not first and one.kl is None:
                     notes.append(f"No KL for {name}: its tokens are not those of the baseline.")
         return Outcome(
-            baseline=next(iter(self.models), ""),
+            baseline=next(iter(said), ""),
             judge=self.judge or self.true_reward or next(iter(self.rewards), None),
             gold=self.true_reward,
             prompts=len(set(first.owners)) if first else 0,
