@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from palate.live import Display
+from palate.run import held
 from palate.settings import PalateError, value_of
 from palate.sweep import child, report, sharing, work
 from palate.sweep.comparison import Comparison, Row, behind, compare, holm, judged, labels, summary, two_sided
@@ -470,6 +471,29 @@ def test_a_run_stops_when_its_sweep_is_gone(monkeypatch: pytest.MonkeyPatch) -> 
     watching.join(10)
     assert killed == [(os.getpid(), signal.SIGTERM)]
     os.close(mine)
+
+
+@pytest.mark.parametrize(("key", "at_once"), [("stages.0.batch_size", 2), ("stages.1.batch_size", 1)])
+def test_runs_that_share_a_stage_do_not_make_it_at_the_same_time(
+    recipe: Path, stand_in: Path, key: str, at_once: int
+) -> None:
+    found = plan_sweep(recipe, [f"{key}=1,2"], seeds="1")
+    crew = work._Crew(found, 2, Display(quiet=True), lambda _: "", found.runs)  # pyright: ignore[reportPrivateUsage]
+    crew.start_what_can()
+    assert len(crew.busy) == at_once
+    crew.stop()
+
+
+def test_a_run_that_another_process_is_at_is_waited_for_and_then_given_up(
+    recipe: Path, stand_in: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "_PATIENCE", 0.2)
+    found = plan_sweep(recipe, [], seeds="2")
+    with held(found.runs[0].folder):
+        failed = work.work(found, 1, Display(quiet=True), lambda _: "")
+    assert list(failed) == ["trial-000-seed-1"]
+    assert "is already at work" in failed["trial-000-seed-1"]
+    assert len(stand_in.read_text().splitlines()) == 1
 
 
 def test_threads_are_divided() -> None:
