@@ -146,7 +146,7 @@ class Algorithm(Choice):
         trained_BT = rows.action_BT
         if self.mask_truncated_completions:
             trained_BT = trained_BT & rows.finished_B[:, None]
-        weight_BT = weight_BT * self._share(trained_BT, rows.limit)
+        weight_BT = weight_BT / self._among(trained_BT, rows.limit)
         return _graded.graded(heard, scored, advantage_BT, weight_BT, {}, metrics, trained_BT)
 
     def loss(self, cast: Cast, batch: Graded) -> Loss:
@@ -186,13 +186,11 @@ class Algorithm(Choice):
             return centred_B * (reward_B.var(correction=0) + 1e-8).rsqrt()
         return credit.within_group(reward_B, self.group, scale=self.scale_rewards == "group")
 
-    def _share(self, trained_BT: Tensor, limit: int | None) -> Tensor:
-        """What a token's loss counts for beside its answer's others, B×1; see `loss_type`."""
+    def _among(self, trained_BT: Tensor, limit: int | None) -> Tensor | int:
+        """What each token's loss is divided by before tokens or answers are averaged, B×1; see `loss_type`."""
         if self.loss_type == "dr_grpo":
-            return trained_BT.new_full((trained_BT.shape[0], 1), 1.0 / _limit(limit, "loss_type"), dtype=torch.float32)
-        if self.loss_type == "grpo":
-            return 1.0 / trained_BT.sum(-1, keepdim=True).clamp(min=1)
-        return torch.ones(trained_BT.shape[0], 1, device=trained_BT.device)
+            return _limit(limit, "loss_type")
+        return trained_BT.sum(-1, keepdim=True).clamp(min=1) if self.loss_type == "grpo" else 1
 
     def _surrogate(self, change_N: Tensor, logp_N: Tensor, advantage_N: Tensor) -> Tensor:
         if self.surrogate == "cispo":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal, Self
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -92,9 +93,8 @@ class Algorithm(Choice):
         rows = scored.rollouts
         heard = _graded.hear(cast, rows, self.rollout_forward_batch_size, True, self.old_logprobs)
         earned_B, kl_B, said = _graded.earned(scored), heard.kl_BT.sum(-1), rows.action_BT
-        above_B = scored.score_B - self._baseline(scored, earned_B)
-        paid_BT = credit.shape_reward(above_B, heard.logp_BT, heard.ref_BT, said, self.kl_coef)
-        reward_BT = keep(scored.token_reward_BT, said) + paid_BT
+        paid_BT = credit.shape_reward(scored.score_B, heard.logp_BT, heard.ref_BT, said, self.kl_coef)
+        reward_BT = keep(scored.token_reward_BT, said) + paid_BT + self._against(scored, earned_B)
         raw_BT = credit.to_go(reward_BT, said, self.gamma)
         return _graded.graded(
             heard,
@@ -122,11 +122,13 @@ class Algorithm(Choice):
     def after(self, cast: Cast, step: int) -> None:
         """Nothing moves by itself."""
 
-    def _baseline(self, scored: Scored, earned_B: Tensor) -> Tensor | float:
+    def _against(self, scored: Scored, earned_B: Tensor) -> Tensor:
+        """The baseline taken off, B×T: on the last token, where the score is."""
+        nothing_BT, baseline_B = torch.zeros_like(scored.rollouts.logp_BT), scored.baseline_B
         if self.baseline == "none":
-            return 0.0
+            return nothing_BT
         if self.baseline == "group":
-            return earned_B - credit.within_group(earned_B, self.group, scale=False)
-        if scored.baseline_B is None:
+            baseline_B = earned_B - credit.within_group(earned_B, self.group, scale=False)
+        if baseline_B is None:
             raise PalateError("baseline greedy: nobody scored the prompts' likeliest answers. Take another baseline.")
-        return scored.baseline_B
+        return credit.shape_reward(-baseline_B, nothing_BT, nothing_BT, scored.rollouts.action_BT, 0.0)
