@@ -22,7 +22,7 @@ from palate.models.load import Loaded
 from palate.models.lora import bare_state, wear
 from palate.models.seats import ACTING, Layout, Seat, take_seats, trained_parameters
 from palate.models.trunk import Trunk, position_ids
-from palate.parallel import World, local, part_like
+from palate.parallel import World, local, part_like, whole
 from palate.settings import NotFinite, PalateError, nearest
 
 __all__ = ["Acts", "Cast", "Layout", "Seat", "assemble"]
@@ -135,13 +135,20 @@ class Cast:
         entropy_BT = _place(asked_BT, -(seen_NV.exp() * seen_NV).sum(-1))
         return logp_BT, entropy_BT, _place(asked_BT, seen_NV.argmax(-1) == tokens_N)
 
-    def values(self, role: str, batch: Tokens) -> Tensor:
+    def values(self, role: str, batch: Tokens, head_only: bool = False) -> Tensor:
         """Value B×T of the state before each token: the head's output on the token before, 0 where there is none.
 
-        Defined for every t, also on padding after the answer: there it is the value of the final state.
+        Defined for every t, also on padding after the answer: there it is the value of the final state. With
+        `head_only` no gradient goes below the head.
         """
-        seat = self.seat(role)
-        return _values(self._head(role), _hidden(seat, batch), batch)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not head_only):
+            hidden_BTD = _hidden(self.seat(role), batch)
+        return _values(self._head(role), hidden_BTD, batch)
+
+    def together(self, one: str, other: str) -> bool:
+        """Whether two roles speak through the same trunk and adapter."""
+        first, second = self.seat(one), self.seat(other)
+        return (first.trunk, first.adapter) == (second.trunk, second.adapter)
 
     def logp_and_values(
         self, policy: str, value: str, batch: Tokens, temperature: float = 1.0
@@ -150,7 +157,7 @@ class Cast:
         speaker, judge = self.seat(policy), self.seat(value)
         hidden_BTD = _hidden(speaker, batch)
         logp_BT, entropy_BT = _speech(speaker.trunk, hidden_BTD, batch, temperature, True)
-        if (speaker.trunk, speaker.adapter) != (judge.trunk, judge.adapter):
+        if not self.together(policy, value):
             hidden_BTD = _hidden(judge, batch)
         return logp_BT, entropy_BT, _values(self._head(value), hidden_BTD, batch)
 
@@ -251,7 +258,8 @@ class Cast:
         for name, weight in self._weights(target).items():
             other = theirs.get(name.partition(".")[2])
             if other is not None and other is not weight:
-                local(weight).lerp_(local(other).to(weight.dtype), share)
+                here = part_like(weight, whole(other)).to(local(weight))  # the two may be sharded differently
+                local(weight).lerp_(here, share)
                 moved += 1
         if not moved:
             raise PalateError(

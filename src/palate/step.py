@@ -177,11 +177,11 @@ class Stepper:
             short = next((job for job in jobs if self.world.any(self._accumulate(job, seen))), None)
             if short is None:
                 break
-            rows = self._halved(self.world.rows_each(short.batch.size, self._rows(short)))
+            self._halve(self.world.rows_each(short.batch.size, self._rows(short)))
         if self.most_rows != held:
             self.tell(
-                f"memory ran out with a micro-batch of {jobs[0].microbatch} rows. From now on it has {rows}; the "
-                f"gradient is the same. Set microbatch_size: {rows} to begin with that."
+                f"memory ran out with a micro-batch of {jobs[0].microbatch} rows. From now on it has {self.most_rows}; "
+                f"the gradient is the same. Set microbatch_size: {self.most_rows} to begin with that."
             )
         self.world.sum_gradients(self.parameters)
         return self.world.sum_means(seen.means), self.world.sum(seen.terms)
@@ -206,14 +206,13 @@ class Stepper:
             return True
         return False
 
-    def _halved(self, rows: int) -> int:
+    def _halve(self, rows: int) -> None:
         if rows == 1:
             raise PalateError(
                 "memory: one row with its gradient does not fit. Shorten rows, train adapters, set "
                 "loading.checkpoint_activations, or take a smaller model."
             )
         self.most_rows = rows // 2
-        return self.most_rows
 
     def _require_finite(self, found: Mapping[str, float]) -> None:
         broken = [name for name, value in found.items() if not math.isfinite(value)]

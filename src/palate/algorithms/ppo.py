@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from palate import credit, losses
-from palate.batches import Experience, Loss, Mean, Scored, Term, Tokens
+from palate.algorithms import _graded
+from palate.algorithms import _ppo_rollout as rollout
+from palate.batches import Experience, Loss, Mean, Scored, Term
 from palate.cast import Cast
 from palate.settings import Choice
 
@@ -19,7 +19,6 @@ class Algorithm(Choice):
     """PPO: clipped policy and value steps on advantages of a KL-penalised reward (Schulman 2017, Ziegler 2019)."""
 
     trains: ClassVar[tuple[str, ...]] = ("policy", "value")
-    moves: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[tuple[str, ...]] = ("reference",)
     learns: ClassVar[type[Experience]] = Experience
     group: ClassVar[int] = 1
@@ -36,16 +35,32 @@ class Algorithm(Choice):
     """Nats per answer that an adaptive β steers to; none keeps β fixed."""
     horizon: float = Field(default=10000.0, gt=0)
     """Episodes over which the adaptive β may change by about a fifth."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """KL as part of each token's reward, or as a loss beside the surrogate, weighted by β."""
+    kl_estimator: _graded.Estimator = "k1"
+    """In the reward k1 is right. As a loss k2 and k3_ratio pull to π_ref, k3 follows KL(π_ref‖π), k1 does nothing."""
     cliprange: float = Field(default=0.2, gt=0)
     """ε of the policy ratio."""
+    dual_clip: float | None = Field(default=None, gt=1)
+    """c: what a bad token costs is at most −c times its advantage, however large its ratio; none sets no bound."""
     cliprange_value: float = Field(default=0.2, gt=0)
     """How far a value may move from its old one before its gradient is cut, in units of the (whitened) reward."""
     vf_coef: float = Field(default=0.1, ge=0)
     """Weight of the value loss beside the policy loss."""
+    entropy_coef: float = Field(default=0.0, ge=0)
+    """Weight of the policy's entropy per token, which is raised; 0 in the published runs."""
     gamma: float = Field(default=1.0, ge=0, le=1)
     """Discount per token."""
     lam: float = Field(default=0.95, ge=0, le=1)
     """λ of generalised advantage estimation."""
+    lam_value: float | None = Field(default=None, ge=0, le=1)
+    """λ of the returns that values learn; none takes `lam`. 1 in VC-PPO and VAPO: long answers lose no reward."""
+    critic_warmup: int = Field(default=0, ge=0)
+    """Rollouts at the start from which only the value learns; the head alone where it shares the policy's weights."""
+    scale_scores: Literal["ignored", "running", "ref"] = "ignored"
+    """Divide scores by the standard deviation of all so far (running) or of the first rollout's (ref), as trlX."""
+    center_scores: bool = False
+    """Take the mean of the same scores off before dividing; trlX does not."""
     whiten_rewards: bool = False
     """Scale rewards to unit variance over the rollout's tokens, keeping their mean."""
     whiten_advantages: bool = True
@@ -54,8 +69,29 @@ class Algorithm(Choice):
     """Where the score lands: on the last token, or on the state after it, where the reward model reads (TL;DR)."""
     old_logprobs: Literal["sampled", "recomputed"] = "recomputed"
     """Old log-probabilities: the sampler's own, or a fresh forward pass (exact ratio 1 in the first minibatch)."""
+    ref_model_sync_steps: int | Literal["rollout"] | None = None
+    """Optimiser steps, or a rollout, from one move of the reference towards the policy to the next; none: it stays."""
+    ref_model_mixup_alpha: float = Field(default=0.6, gt=0, le=1)
+    """Share of the policy in the reference after each of its moves; 1 is a copy."""
     rollout_forward_batch_size: int = Field(default=64, ge=1)
     """Rows a forward pass takes when references, values and old log-probabilities are computed."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.kl_in == "reward" and self.kl_estimator not in rollout.ESTIMATORS:
+            raise ValueError(f"kl_estimator {self.kl_estimator} is a loss. Take k1, or kl_in: loss.")
+        if self.kl_in == "loss" and self.target_kl is not None:
+            raise ValueError("target_kl steers the price of KL in the reward. Leave it out, or take kl_in: reward.")
+        if self.center_scores and self.scale_scores == "ignored":
+            raise ValueError("center_scores takes the mean off scores that are scaled. Set scale_scores too.")
+        if isinstance(self.ref_model_sync_steps, int) and self.ref_model_sync_steps < 1:
+            raise ValueError("ref_model_sync_steps is 1 or more, `rollout`, or left out.")
+        return self
+
+    @property
+    def moves(self) -> tuple[str, ...]:
+        """The reference, where it follows the policy."""
+        return () if self.ref_model_sync_steps is None else ("reference",)
 
     @property
     def passes(self) -> int:
@@ -67,164 +103,101 @@ class Algorithm(Choice):
         """Optimiser steps in one pass."""
         return self.num_mini_batches
 
+    def warnings(self) -> list[str]:
+        """What the chosen KL estimate does that k1 in the reward does not."""
+        return rollout.kl_warnings(self.kl_in, self.kl_estimator) if self.kl_coef else []
+
     def memory(self) -> dict[str, float]:
-        """What is remembered between iterations: β."""
+        """What is remembered between iterations: β, and where they count the rollouts and the scores so far."""
         return {"kl_coef": self.kl_coef}
 
     def prepare(self, cast: Cast, scored: Scored) -> Experience:
         """Rewards, values, advantages and returns of a whole rollout; no gradient."""
-        rows = scored.rollouts
-        tokens, token_reward_BT = Tokens(rows.tokens_BT, rows.real_BT, rows.action_BT), scored.token_reward_BT
-        sampled_BT, chunk = rows.logp_BT, self.rollout_forward_batch_size
-        if self.score_position == "after":  # the state after the longest answer needs a column of its own
-            tokens, token_reward_BT, sampled_BT = _widen(tokens), _column(token_reward_BT), _column(sampled_BT)
-        value_BT = cast.chunked(tokens, chunk, lambda part: cast.values("value", part))
-        ref_BT = cast.chunked(tokens, chunk, lambda part: cast.logp("reference", part, rows.temperature))
-        logp_BT = sampled_BT
-        if self.old_logprobs == "recomputed":
-            logp_BT = cast.chunked(tokens, chunk, lambda part: cast.logp("policy", part, rows.temperature))
-        kl_coef, mask_BT = scored.memory["kl_coef"], tokens.action_BT
-        value_mask_BT = mask_BT | self._state_after(mask_BT, rows.limit)
-        reward_BT = token_reward_BT + credit.shape_reward(scored.score_B, logp_BT, ref_BT, value_mask_BT, kl_coef)
-        shaped_BT = credit.whiten(reward_BT, value_mask_BT, shift_mean=False) if self.whiten_rewards else reward_BT
-        shaped_BT = shaped_BT.masked_fill(~value_mask_BT, 0.0)
-        value_BT = value_BT.masked_fill(~value_mask_BT, 0.0)
-        raw_BT = credit.gae(shaped_BT, value_BT, value_mask_BT, self.gamma, self.lam)
-        advantage_BT = credit.whiten(raw_BT, mask_BT) if self.whiten_advantages else raw_BT
-        kl_B = (logp_BT - ref_BT).masked_fill(~mask_BT, 0.0).sum(-1)
-        returns_BT = raw_BT + value_BT
+        if self.moves:
+            rollout.require_movable(cast)
+        trained, remembered = rollout.scaled(scored, self.scale_scores, self.center_scores)
+        heard = rollout.hear(cast, trained, self.score_position, self.old_logprobs, self.rollout_forward_batch_size)
+        logp_BT, ref_BT, value_BT, mask_BT = heard.logp_BT, heard.ref_BT, heard.value_BT, heard.value_mask_BT
+        kl_coef, said_BT = scored.memory["kl_coef"], heard.tokens.action_BT
+        price, estimator = (kl_coef, self.kl_estimator) if self.kl_in == "reward" else (0.0, "k1")
+        found = rollout.reward_parts(trained.score_B, heard, price, estimator)
+        reward_BT = heard.token_reward_BT + (found["kl_penalty"] + found["score"])
+        shaped_BT = credit.whiten(reward_BT, mask_BT, shift_mean=False) if self.whiten_rewards else reward_BT
+        shaped_BT = shaped_BT.masked_fill(~mask_BT, 0.0)
+        raw_BT = credit.gae(shaped_BT, value_BT, mask_BT, self.gamma, self.lam)
+        gain_BT = (
+            raw_BT if self.lam_value is None else credit.gae(shaped_BT, value_BT, mask_BT, self.gamma, self.lam_value)
+        )
+        advantage_BT = credit.whiten(raw_BT, said_BT) if self.whiten_advantages else raw_BT
+        returns_BT = gain_BT + value_BT
+        metrics = rollout.summary(scored, trained, heard, found["kl_penalty"], returns_BT, raw_BT)
         return Experience(
-            tokens_BT=tokens.tokens_BT,
-            real_BT=tokens.real_BT,
-            action_BT=mask_BT,
+            tokens_BT=heard.tokens.tokens_BT,
+            real_BT=heard.tokens.real_BT,
+            action_BT=said_BT,
             logp_BT=logp_BT,
-            advantage_BT=advantage_BT.masked_fill(~mask_BT, 0.0),
+            advantage_BT=advantage_BT.masked_fill(~said_BT, 0.0),
             value_BT=value_BT,
-            returns_BT=returns_BT.masked_fill(~value_mask_BT, 0.0),
-            value_mask_BT=value_mask_BT,
-            temperature=rows.temperature,
-            memory=self._remember(kl_coef, float(kl_B.mean()), kl_B.numel()),
-            metrics=self._summary(scored, kl_B, logp_BT, value_BT, returns_BT, raw_BT, mask_BT, value_mask_BT),
+            returns_BT=returns_BT.masked_fill(~mask_BT, 0.0),
+            value_mask_BT=mask_BT,
+            temperature=scored.rollouts.temperature,
+            memory={**self._remember(scored, heard.kl_B), **remembered},
+            metrics=metrics,
             shown_BT={
-                "sampled_logp": sampled_BT,
+                "sampled_logp": heard.sampled_BT,
                 "reference_logp": ref_BT,
                 "kl": credit.kl_k1(logp_BT, ref_BT),
-                "token_reward": token_reward_BT,
+                "token_reward": heard.token_reward_BT,
                 "reward": shaped_BT,
-                **_reward_parts(scored.score_B, logp_BT, ref_BT, value_mask_BT, kl_coef),
+                **found,
             },
+            ref_logp_BT=ref_BT if self.kl_in == "loss" else None,
         )
 
     def loss(self, cast: Cast, batch: Experience) -> Loss:
         """The clipped surrogate over answer tokens and `vf_coef` times the clipped value error."""
+        if self.rests(batch):
+            value_BT = cast.values("value", batch, head_only=cast.together("policy", "value"))
+            return Loss(*self._value(value_BT, batch))
         logp_BT, entropy_BT, value_BT = cast.logp_and_values("policy", "value", batch, batch.temperature)
-        said_N, value_N = batch.action_BT, batch.value_mask_BT  # only these cells are read: the rest is nobody's
+        said_N = batch.action_BT  # only these cells are read: the rest is nobody's
+        logp_N, old_N = logp_BT[said_N], batch.logp_BT[said_N]
         policy_N = losses.clipped_surrogate(
-            logp_BT[said_N], batch.logp_BT[said_N], batch.advantage_BT[said_N], self.cliprange
+            logp_N, old_N, batch.advantage_BT[said_N], self.cliprange, dual_clip=self.dual_clip
         )
-        error_N = losses.clipped_value_error(
-            value_BT[value_N], batch.value_BT[value_N], batch.returns_BT[value_N], self.cliprange_value
-        )
-        terms = {
-            "loss/policy_avg": Term(policy_N.sum(), "tokens"),
-            "loss/value_avg": Term(error_N.sum(), "values", self.vf_coef),
-        }
-        return Loss(terms, self._seen(logp_BT.detach(), entropy_BT.detach(), value_BT.detach(), batch))
+        terms, seen = self._value(value_BT, batch)
+        terms = {"loss/policy_avg": Term(policy_N.sum(), "tokens"), **terms}
+        if self.entropy_coef:
+            terms["loss/entropy_avg"] = Term(-entropy_BT[said_N].sum(), "tokens", self.entropy_coef)
+        if batch.ref_logp_BT is not None and self.kl_coef:
+            kl_N = _graded.kl_loss(self.kl_estimator, logp_N, old_N, batch.ref_logp_BT[said_N])
+            terms["loss/kl_avg"] = Term(kl_N.sum(), "tokens", self.kl_coef)
+        return Loss(terms, {**rollout.seen_of_policy(logp_BT, entropy_BT, batch, self.cliprange), **seen})
 
     def after(self, cast: Cast, step: int) -> None:
-        """Nothing moves by itself."""
+        """Every so many steps the reference moves towards the policy, where it does."""
+        every = self.passes * self.minibatches if self.ref_model_sync_steps == "rollout" else self.ref_model_sync_steps
+        if every and step % every == 0:
+            cast.blend("policy", "reference", self.ref_model_mixup_alpha)
 
-    def _state_after(self, mask_BT: Tensor, limit: int | None) -> Tensor:
-        """The place behind each answer, where its score lands and a value is learnt; none behind one of full length.
+    def rests(self, batch: Experience) -> bool:
+        """Whether the policy does not learn from this rollout: the critic is being warmed up."""
+        return batch.memory.get("rollouts", self.critic_warmup + 1) <= self.critic_warmup
 
-        The TL;DR work has no column behind its longest possible answer, so such a row keeps the score on its last
-        token (detail 51).
-        """
-        if self.score_position == "last":
-            return torch.zeros_like(mask_BT)
-        behind_BT = mask_BT.roll(1, -1) & ~mask_BT
-        full_B = mask_BT.sum(-1) >= limit if limit else torch.zeros_like(mask_BT[:, 0])
-        return behind_BT & ~full_B[:, None]
+    def _value(self, value_BT: Tensor, batch: Experience) -> tuple[dict[str, Term], dict[str, Mean]]:
+        here_N = batch.value_mask_BT
+        error_N = losses.clipped_value_error(
+            value_BT[here_N], batch.value_BT[here_N], batch.returns_BT[here_N], self.cliprange_value
+        )
+        terms = {"loss/value_avg": Term(error_N.sum(), "values", self.vf_coef)}
+        return terms, rollout.seen_of_value(value_BT, batch, self.cliprange_value)
 
-    def _remember(self, kl_coef: float, kl: float, episodes: int) -> dict[str, float]:
-        if self.target_kl is None:
-            return {"kl_coef": kl_coef}
-        return {"kl_coef": credit.AdaptiveKL(kl_coef, self.target_kl, self.horizon).update(kl, episodes)}
-
-    def _summary(
-        self,
-        scored: Scored,
-        kl_B: Tensor,
-        logp_BT: Tensor,
-        value_BT: Tensor,
-        returns_BT: Tensor,
-        advantage_BT: Tensor,
-        mask_BT: Tensor,
-        value_mask_BT: Tensor,
-    ) -> dict[str, float]:
-        """Metrics of a rollout before any step on it (detail 40); variances are over tokens, not over ranks."""
-        kl_coef, score = scored.memory["kl_coef"], float(scored.score_B.mean())
-        non_score = -kl_coef * float(kl_B.mean())
-        returns, errors = returns_BT[value_mask_BT], (returns_BT - value_BT)[value_mask_BT]
-        variance = float(returns.var(correction=0))
-        entropy = float(-logp_BT.masked_fill(~mask_BT, 0.0).sum(-1).mean())
-        return {
-            "objective/kl": float(kl_B.mean()),
-            "objective/entropy": entropy,
-            "objective/non_score_reward": non_score,
-            "objective/scores": score,
-            "objective/rlhf_reward": score + non_score,
-            "objective/kl_coef": kl_coef,
-            "returns/mean": float(returns.mean()),
-            "returns/var": variance,
-            "val/error": float(errors.square().mean()),
-            "val/explained_variance": 1.0 - float(errors.square().mean()) / max(variance, 1e-12),
-            "advantages/mean": float(advantage_BT[mask_BT].mean()),
-            "advantages/var": float(advantage_BT[mask_BT].var(correction=0)),
-        }
-
-    def _seen(self, logp_BT: Tensor, entropy_BT: Tensor, value_BT: Tensor, batch: Experience) -> dict[str, Mean]:
-        """Metrics of one micro-batch, over its answer tokens (value metrics over its value tokens)."""
-        mask_BT, value_mask_BT = batch.action_BT, batch.value_mask_BT
-        change = (logp_BT - batch.logp_BT)[mask_BT]
-        ratio, advantage = change.exp(), batch.advantage_BT[mask_BT]
-        clipped = ratio.clamp(1 - self.cliprange, 1 + self.cliprange)
-        value, old, returns = (x[value_mask_BT] for x in (value_BT, batch.value_BT, batch.returns_BT))
-        moved = torch.clamp(value, old - self.cliprange_value, old + self.cliprange_value)
-        tokens, values = float(ratio.numel()), float(value.numel())
-        return {
-            "policy/approxkl_avg": Mean(0.5 * change.square().sum(), tokens),
-            "policy/clipfrac_avg": Mean((-advantage * clipped > -advantage * ratio).float().sum(), tokens),
-            "policy/entropy_avg": Mean(entropy_BT[mask_BT].sum(), tokens),
-            "val/ratio": Mean(ratio.sum(), tokens),
-            "val/ratio_var": Mean((ratio - 1.0).square().sum(), tokens),
-            "val/clipfrac_avg": Mean(((moved - returns).square() > (value - returns).square()).float().sum(), values),
-        }
-
-
-def _widen(tokens: Tokens) -> Tokens:
-    last = tokens.tokens_BT[:, -1:]
-    no = torch.zeros_like(last, dtype=torch.bool)
-    return replace(
-        tokens,
-        tokens_BT=torch.cat([tokens.tokens_BT, last], -1),
-        real_BT=torch.cat([tokens.real_BT, no], -1),
-        action_BT=torch.cat([tokens.action_BT, no], -1),
-    )
-
-
-def _reward_parts(
-    score_B: Tensor, logp_BT: Tensor, ref_BT: Tensor, mask_BT: Tensor, kl_coef: float
-) -> dict[str, Tensor]:
-    """What `credit.shape_reward` adds up, kept apart; `scored` is where the score lands, even a score of 0."""
-    zeros_B, ones_B = torch.zeros_like(score_B), torch.ones_like(score_B)
-    scored_BT = credit.shape_reward(ones_B, ref_BT, ref_BT, mask_BT, 0.0) > 0
-    return {
-        "kl_penalty": credit.shape_reward(zeros_B, logp_BT, ref_BT, mask_BT, kl_coef),
-        "score": torch.where(scored_BT, score_B[:, None], 0.0),
-        "scored": scored_BT,
-    }
-
-
-def _column(x_BT: Tensor) -> Tensor:
-    return torch.cat([x_BT, x_BT.new_zeros(x_BT.shape[0], 1)], -1)
+    def _remember(self, scored: Scored, kl_B: Tensor) -> dict[str, float]:
+        """β for the next rollout, and how many rollouts there were while the critic is warmed up."""
+        found = {"kl_coef": scored.memory["kl_coef"]}
+        if self.target_kl is not None:
+            steered = credit.AdaptiveKL(found["kl_coef"], self.target_kl, self.horizon)
+            found["kl_coef"] = steered.update(float(kl_B.mean()), kl_B.numel())
+        if self.critic_warmup:
+            found["rollouts"] = scored.memory.get("rollouts", 0.0) + 1
+        return found
