@@ -20,7 +20,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from palate.batches import Examples, Experience, Loss, Rollouts, Scored, Tokens
+from palate.algorithms import dpo, kto
+from palate.batches import Examples, Experience, Labelled, Loss, Pairs, Rollouts, Scored, Tokens
 from palate.cast import Cast, Seat
 from palate.checkpoint import CheckpointStore
 from palate.engines.engine import Sampling
@@ -137,6 +138,49 @@ def a_term_of_the_whole_batch_is_that_of_one_rank(world: World) -> None:
     alone = term(World())
     spread(cast, world)
     close(term(world), alone)
+
+
+def the_kl_term_of_thumbs_is_that_of_one_rank(world: World) -> None:
+    """KTO's z, read by every rank for its share of the mixed rows, and the gradient behind it."""
+    cast = MICRO.cast_for(("policy", "reference"), "separate")
+    with torch.no_grad():  # the policy has left its reference, in the direction in which z is positive
+        for parameter in cast.seat("reference").trunk.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    batch = Labelled(*MICRO.rows(5, 14, 9, 4, 11), torch.tensor([True, False, False, True, False]))
+    found: list[tuple[float, dict[str, Tensor]]] = []
+    for where in (World(), world):
+        algorithm = kto.Algorithm(forward_batch_size=2)
+        walker = stepper(spread(cast, where), algorithm, where)
+        with torch.no_grad():
+            ready = algorithm.prepare(cast, batch)
+        found.append((ready.kl, walker.gradient(ready, lambda part, a=algorithm: a.loss(cast, part), 2)))
+    (alone, slope), (together, other) = found
+    assert alone > 1e-3
+    assert abs(alone - together) < 1e-5
+    assert MICRO.distance(slope, other) < 1e-6
+
+
+def pairs_compared_across_the_batch_are_those_of_one_rank(world: World) -> None:
+    """Losses that sort the whole batch's log-ratios, or shift by their mean: each rank has the same partners."""
+    cast = MICRO.cast_for(("policy", "reference"), "separate")
+    with torch.no_grad():  # the policy has left its reference
+        for parameter in cast.seat("reference").trunk.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+    tokens, real, action = (x.unflatten(0, (5, 2)) for x in MICRO.rows(5, 14, 9, 4, 11, 7, 8, 10, 6, 12))
+    raw = Pairs(tokens, real, action, torch.ones(5), torch.zeros(5), torch.zeros_like(action))
+    algorithm = dpo.Algorithm(loss_type=("aot", "aot_unpaired", "bco_pair"), reference_batch_size=3)
+    found: list[tuple[dpo.Judged, dict[str, Tensor]]] = []
+    for where in (World(), world):
+        walker = stepper(spread(cast, where), algorithm, where)
+        with torch.no_grad():
+            ready = algorithm.prepare(cast, raw)
+        found.append((ready, walker.gradient(ready, lambda part: algorithm.loss(cast, part), 2)))
+    (alone, slope), (together, other) = found
+    for name in ("margin", "chosen", "rejected"):
+        close(together.partner_B[name], alone.partner_B[name], 1e-5)
+    assert abs(alone.shift) > 1e-4
+    assert abs(alone.shift - together.shift) < 1e-6
+    assert MICRO.distance(slope, other) < 1e-6
 
 
 def a_batch_smaller_than_the_world_is_no_special_case(world: World) -> None:
@@ -296,6 +340,8 @@ def checks(folder: Path) -> Iterator[tuple[str, Callable[[World], None]]]:
             name = f"{strategy}: statistics of a rollout, {layout}"
             yield name, lambda w, x=layout: statistics_of_a_rollout_are_those_of_one_rank(w, x)
         yield f"{strategy}: a term of the whole batch", a_term_of_the_whole_batch_is_that_of_one_rank
+        yield f"{strategy}: the KL term of thumbs", the_kl_term_of_thumbs_is_that_of_one_rank
+        yield f"{strategy}: pairs across the batch", pairs_compared_across_the_batch_are_those_of_one_rank
         yield f"{strategy}: shares", weights_are_spread
         yield f"{strategy}: one row", a_batch_smaller_than_the_world_is_no_special_case
         yield f"{strategy}: answers", answers_are_those_of_one_rank

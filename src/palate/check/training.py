@@ -123,6 +123,7 @@ def _set_up(stage: Stage, here: Workspace, rehearsal: Rehearsal, gathered: Gathe
     kept = gathered.ask(_rows.encode, held, *encoder)
     if found is None or kept is None:
         return None
+    found = gathered.ask(_rows.surveyed, found, algorithm.survey, here) or found
     numbers = _numbers(stage, found, len(kept))
     _judge(stage, found, loaded.tokenizer, context, numbers, gathered)
     lengths = [_rows.length(row) for row in found]
@@ -197,7 +198,7 @@ def _cost(setup: _Setup, seconds: float, measure: bool) -> tuple[Memory, Time | 
     if not measure:
         return memory.memory(parameters, held, "counted; activations were not measured (--quick)"), None
     typical, longest = _two_batches(setup)
-    widest = _prepared(cast, algorithm, longest.select(torch.arange(min(stage.microbatch_size, longest.size))))
+    widest = _prepared(cast, algorithm, longest).select(torch.arange(min(stage.microbatch_size, longest.size)))
     weights = cast.parameters(algorithm.trains).values()
     held["activations"] = memory.activations(lambda: algorithm.loss(cast, widest.trimmed()), _weights(cast, weights))
     batch = _prepared(cast, algorithm, typical)

@@ -102,7 +102,7 @@ class _Training:
         self.loaded = _seats.open_model(stage.model, here, role, stage.loading, texts=_rows.texts(train))
         encoder = (self.algorithm.reads, self.loaded.tokenizer, stage.encoding, self.loaded.trunk.context, here)
         rows, held = (_rows.encode(records, *encoder) for records in read)
-        self.rows: Sequence[_rows.Row] = self.algorithm.survey(rows)
+        self.rows: Sequence[_rows.Row] = _rows.surveyed(rows, self.algorithm.survey, here)
         self.held: Sequence[_rows.Row] = held
         if len(self.rows) < stage.batch_size:
             raise PalateError(
@@ -112,12 +112,13 @@ class _Training:
         counter = key(here.seed, stage.name)
         known = ("reference",) if stage.precompute_reference else ()
         self.cast = _seats.offline_cast(self.loaded, stage.layout, self.algorithm, counter, here, known)
+        # before any forward pass: after one without gradient, zero2 leaves whole copies in the place of sharded weights
+        trained = self.cast.parameters(self.algorithm.trains)
         if known:
             self._precompute(role)
         lengths = [_rows.length(row) for row in self.rows]
         self.order = Order(lengths, stage.batch_size, stage.group_by_length, (here.seed, stage.name))
         self.steps = stage.max_steps or self.order.per_epoch * stage.num_train_epochs
-        trained = self.cast.parameters(self.algorithm.trains)
         self.stepper = step.Stepper(trained, stage.optimiser, here.world, here.warn)
         start = stage.model if isinstance(stage.model, str) else None
         self.scale = Scale(self.cast, self.loaded, start, train, stage.encoding, stage.loading, here)
@@ -195,11 +196,14 @@ class _Training:
         every = self.stage.eval_steps
         if not self.held or not (number == self.steps or (every and number % every == 0)):
             return {}
-        size = self.stage.microbatch_size
-        parts = [self._batch(self.held[i : i + size]) for i in range(0, len(self.held), size)]
+        size = self.stage.batch_size
+        starts = range(0, max(1, len(self.held) - 1), size)  # a last row alone goes with those before it
+        ends = [*starts[1:], len(self.held)]
+        batches = [self._batch(self.held[i:j]) for i, j in zip(starts, ends, strict=True)]
         with torch.no_grad():
-            prepared = [self.algorithm.prepare(self.cast, part) for part in parts]
-        found = step.evaluate(prepared, lambda part: self.algorithm.loss(self.cast, part), self.here.world)
+            prepared = [self.algorithm.prepare(self.cast, batch) for batch in batches]
+        parts = [part.trimmed() for batch in prepared for part in batch.split(self.stage.microbatch_size)]
+        found = step.evaluate(parts, lambda part: self.algorithm.loss(self.cast, part), self.here.world)
         return {f"eval/{name}": value for name, value in found.items()}
 
     def _batch(self, rows: Sequence[_rows.Row]) -> Rows:
