@@ -1,5 +1,7 @@
 """What a series of numbers amounts to, and which charts a stage gets."""
 
+import json
+
 import pytest
 
 from palate.diagnosis.curves import end_of, figures, frontier, noise_of, smooth, start_of, together
@@ -50,3 +52,12 @@ def test_a_stage_gets_the_charts_of_what_it_logged(write_run):
     assert drawn["evaluate"] == []
     assert [figure.title for figure in frontier(run.stages[2])] == ["Score and truth", "Proxy and gold against KL"]
     assert frontier(run.stages[0]) == []
+
+
+def test_a_stage_of_pairs_shows_accuracy_beside_what_became_of_the_chosen_answers(write_run):
+    folder = write_run()
+    names = ("rewards/accuracies", "logps/chosen_change", "logps/chosen", "logps/rejected")
+    rows = [{"step": step, **dict.fromkeys(names, -step / 10)} for step in range(1, 9)]
+    (folder / "2-reward" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = [figure.title for figure in figures(read(folder).stages[1])]
+    assert drawn == ["Accuracy on pairs", "Change of log π(chosen)", "log π of pairs"]

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from palate.diagnosis.findings import findings, overuse, turning_point, verdict
+from palate.diagnosis.findings import chosen_change, findings, overuse, turning_point, unlearning, verdict
 from palate.diagnosis.run_folder import read
 
 
@@ -99,6 +99,71 @@ def test_each_curve_out_of_bounds_is_said(write_run, metric, value, title):
     assert title not in titles(read(folder))
     rewrite(folder / "3-rlhf", lambda i, row: {**row, metric: value(i)})
     assert title in titles(read(folder))
+
+
+def on_pairs(folder, change, accuracy=0.998, name="logps/chosen_change"):
+    """The reward stage of a run as one that trained a policy on pairs."""
+    rewrite(folder / "2-reward", lambda i, row: {"step": row["step"], name: change(i), "rewards/accuracies": accuracy})
+
+
+def text_of(folder, **after):
+    """An evaluation whose last model's answers are as said; a good model's are in `before`."""
+    before = {"empty_rate": 0.0, "self_repetition": 0.02, "eos_rate": 0.98}
+    models = {"sft": {"text": before}, "pairs": {"text": {**before, **after}}}
+    page = {**an_evaluation(0.6, 0.7), "models": models}
+    (folder / "4-evaluate" / "evaluation.json").write_text(json.dumps(page))
+
+
+def about_chosen(folder):
+    return [f for f in findings(read(folder)) if "The policy of reward" in f.title]
+
+
+def test_a_fall_of_the_chosen_answers_is_a_warning_beside_the_accuracy(write_run):
+    folder = write_run()
+    on_pairs(folder, lambda i: -12.0 * i / 29)
+    (found,) = about_chosen(folder)
+    assert (found.level, found.title) == ("warning", "The policy of reward unlearns the chosen answers")
+    assert "11.6 nats per answer below" in found.text
+    assert "accuracy of 99.8%" in found.text
+
+
+@pytest.mark.parametrize("change", [lambda i: -4.9 * i / 29, lambda i: 3.0, lambda i: 0.0])
+def test_a_small_fall_or_a_rise_is_no_finding(write_run, change):
+    folder = write_run()
+    on_pairs(folder, change)
+    text_of(folder, empty_rate=0.9)
+    assert about_chosen(folder) == []
+
+
+@pytest.mark.parametrize("broken", [{"empty_rate": 0.3}, {"self_repetition": 0.5}, {"eos_rate": 0.4}])
+def test_it_is_an_alarm_where_answers_break_with_it(write_run, broken):
+    folder = write_run()
+    on_pairs(folder, lambda i: -40.0 * i / 29)
+    text_of(folder)
+    assert [f.level for f in about_chosen(folder)] == ["warning"]
+    text_of(folder, **broken)
+    (found,) = about_chosen(folder)
+    assert (found.level, found.title) == ("alarm", "The policy of reward collapsed")
+    assert "broke with it: " in found.text
+
+
+def test_without_a_reference_the_fall_since_the_start_counts_beyond_its_noise(write_run):
+    folder = write_run()
+    draw = random.Random(1)
+    noise = [draw.gauss(0, 6) for _ in range(30)]
+    on_pairs(folder, lambda i: -60.0 + noise[i], name="logps/chosen")
+    assert chosen_change(read(folder).stages[1]) is None
+    on_pairs(folder, lambda i: -60.0 - i + noise[i] / 10, name="logps/chosen")
+    assert chosen_change(read(folder).stages[1]) == pytest.approx(-27, abs=2)
+    assert [f.level for f in about_chosen(folder)] == ["warning"]
+
+
+def test_the_alarm_asks_for_both():
+    assert unlearning(-39.4, {"invalid": (0.06, 0.90)}) == "alarm"
+    assert unlearning(-14.5, {"invalid": (0.18, 0.19)}) == "warning"
+    assert unlearning(-14.5, {}) == "warning"
+    assert unlearning(-4.9, {"invalid": (0.0, 1.0)}) is None
+    assert unlearning(0.9, {"invalid": (0.2, 0.05)}) is None
 
 
 def test_numbers_that_were_lost_are_an_alarm_with_their_step(write_run):

@@ -99,6 +99,23 @@ CURVES = (
         (0.5, 1.0),
     ),
     Curve(
+        "Accuracy on pairs",
+        "Pairs whose chosen answer the policy raised more. A collapsed policy has it too: see the next chart.",
+        (("rewards/accuracies", "training", "proxy"), ("eval/rewards/accuracies", "held out", "gold")),
+        (0.5, 1.0),
+    ),
+    Curve(
+        "Change of log π(chosen)",
+        "Nats per answer against the reference. Below −5 the policy unlearns what it is shown.",
+        (("logps/chosen_change", "training", "proxy"), ("eval/logps/chosen_change", "held out", "gold")),
+        (0.0,),
+    ),
+    Curve(
+        "log π of pairs",
+        "Nats per answer. Both may fall while their distance grows.",
+        (("logps/chosen", "chosen", "gold"), ("logps/rejected", "rejected", "kl")),
+    ),
+    Curve(
         "Margin",
         "Score of the better answer minus that of the worse.",
         (("margin", "training", "proxy"), ("eval/margin", "held out", "gold")),

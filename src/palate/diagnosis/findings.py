@@ -34,6 +34,12 @@ _ENDS = 0.5
 _CLIPPED = 0.3
 """Share of clipped tokens beyond which updates are larger than PPO's bound allows for."""
 
+_CHOSEN_FELL = -5.0
+"""Nats per answer that log π(chosen) may fall before it is said. Methods that fall to −12 and −19 can still do well, so
+this alone is a warning."""
+_BROKEN = 0.1
+"""Rise in the share of empty, endless or repeating answers that makes the same fall an alarm."""
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -139,6 +145,7 @@ def overuse(found: Row) -> tuple[str, float, float] | None:
 def findings(run: RunFolder) -> list[Finding]:
     """Everything worth saying beside the verdict, worst first."""
     seen = [*_of_evaluation(run), *(f for stage in run.stages for f in _of_stage(stage))]
+    seen += [f for stage in run.stages for f in _unlearnt(stage, _broken(run, stage))]
     return sorted(seen, key=lambda f: _ORDER[f.level])
 
 
@@ -253,6 +260,70 @@ def _distance(stage: StageFolder) -> Iterator[Finding]:
     if end_of(kl) > _KL_FAR:
         text = f"{short(end_of(kl))} nats per answer at the end: the policy has left what the reference would say."
         yield Finding("warning", f"Far from the reference in {stage.name}", text)
+
+
+def unlearning(change: float, broken: Mapping[str, tuple[float, float]]) -> Level | None:
+    """What a fall of log π(chosen), in nats per answer, amounts to beside shares of broken answers (before, after).
+
+    A policy trained on pairs can order every one of them and yet unlearn the chosen answers with the rejected ones.
+    Whether it then says anything of use shows in its answers alone.
+    """
+    if change >= _CHOSEN_FELL:
+        return None
+    return "alarm" if any(after - before > _BROKEN for before, after in broken.values()) else "warning"
+
+
+def _unlearnt(stage: StageFolder, broken: Mapping[str, tuple[float, float]]) -> Iterator[Finding]:
+    change = chosen_change(stage)
+    level = None if change is None else unlearning(change, broken)
+    if change is None or level is None:
+        return
+    accuracy = smooth(stage.series("rewards/accuracies"))
+    beside = f" at a pair accuracy of {end_of(accuracy):.1%}" if accuracy else ""
+    text = f"log π(chosen) lies {short(-change)} nats per answer below where it began{beside}. "
+    rose = [f"{name} from {a:.0%} to {b:.0%}" for name, (a, b) in broken.items() if b - a > _BROKEN]
+    if level == "alarm":
+        text += f"Its answers broke with it: {', '.join(rose)}. "
+    else:
+        text += "Accuracy cannot tell whether its answers are still good: evaluate them. "
+    text += "A lower rate, a larger β or a share of cross-entropy on the chosen answers keeps it up."
+    title = "collapsed" if level == "alarm" else "unlearns the chosen answers"
+    yield Finding(level, f"The policy of {stage.name} {title}", text)
+
+
+def chosen_change(stage: StageFolder) -> float | None:
+    """Nats per answer that log π(chosen) has moved by, against the reference or, without one, since the first log.
+
+    None where the stage does not log it, or moved by no more than its noise.
+    """
+    if points := stage.series("logps/chosen_change"):
+        return end_of(smooth(points))
+    points = stage.series("logps/chosen")
+    if len(points) < 2:
+        return None
+    moved = end_of(smooth(points)) - start_of(smooth(points))
+    return moved if abs(moved) > _NOISE * noise_of(points) else None
+
+
+def _broken(run: RunFolder, stage: StageFolder) -> dict[str, tuple[float, float]]:
+    """Shares of broken answers (before, after), as the stage itself saw them or as the run's evaluation did."""
+    found: dict[str, tuple[float, float]] = {}
+    if ends := smooth(stage.series("response/eos_rate")):
+        found["answers cut off"] = (1 - start_of(ends), 1 - end_of(ends))
+    page = mapping(run.evaluated.evaluation) if run.evaluated else {}
+    first, last = (mapping(page, "models", str(name), "text") for name in (page.get("baseline"), _last(page)))
+    for name, key in (("empty answers", "empty_rate"), ("repeated words", "self_repetition")):
+        before, after = at(first, key), at(last, key)
+        if before is not None and after is not None:
+            found[name] = (before, after)
+    before, after = at(first, "eos_rate"), at(last, "eos_rate")
+    if before is not None and after is not None:
+        found.setdefault("answers cut off", (1 - before, 1 - after))
+    return found
+
+
+def _last(page: Row) -> str:
+    return last_model(page) if mapping(page, "models") else ""
 
 
 def _answers(stage: StageFolder) -> Iterator[Finding]:
