@@ -106,6 +106,15 @@ class ReadsGreedy(Protocol):
 
 
 @runtime_checkable
+class Rests(Protocol):
+    """An online algorithm whose policy does not learn from every rollout."""
+
+    def rests(self, batch: Any) -> bool:
+        """Whether the policy stays as it is on this batch, so that nothing else may move it either."""
+        ...
+
+
+@runtime_checkable
 class Warns(Protocol):
     """An algorithm some of whose settings are allowed and yet rarely what one wants."""
 

@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, model_validator
 
 from palate import step
-from palate.algorithms.protocol import Online
+from palate.algorithms.protocol import Online, Rests
 from palate.batches import Learnt, Rollouts, without_shown
 from palate.cast import Layout
 from palate.data.encode import Encoding, PromptRow
@@ -26,6 +26,7 @@ from palate.stages import _greedy, _guard, _invariants, _resampling, _rows, _sea
 from palate.stages._judging import Judging, Truncation
 from palate.stages._lesson import Lesson
 from palate.stages._order import Order
+from palate.stages._pretraining import Mix, Pretraining
 from palate.stages._seats import AnyAlgorithm
 from palate.workspace import Workspace
 
@@ -49,6 +50,10 @@ class Stage(Choice):
     """What to answer: a file, folder, hub id or `world:NAME/shape`."""
     algorithm: AnyAlgorithm
     """What to make of the scored answers: a mapping with `kind` and its settings."""
+    pretraining: Pretraining | None = None
+    """Texts learnt beside the answers, so that the policy keeps what it knew; none learns from answers alone."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay per optimiser step of a moving average of the policy (InstructGPT 0.992), which is then what is saved."""
     loading: Loading = Loading()
     """How the models come into memory."""
     layout: Layout = Layout()
@@ -103,12 +108,17 @@ class Stage(Choice):
     def files(self) -> list[str]:
         """Files whose content counts for the cache."""
         judges = _seats.judges(self.reward, self.watch)
-        return self.prompts.files() + _seats.files(self.model, self.value_model, *judges)
+        return self._data_files() + _seats.files(self.model, self.value_model, *judges)
+
+    def _data_files(self) -> list[str]:
+        texts = self.pretraining.data.files() if self.pretraining else []
+        return self.prompts.files() + texts
 
     def run(self, here: Workspace) -> None:
         """Sample, score, learn; save the policy."""
         loop = _guard.survive(here, lambda rate: _Loop(self, here, rate))
-        _seats.keep(here, loop.cast, loop.loaded, "policy", self, self.prompts.files(), loop.last)
+        with loop.stepper.averaged():
+            _seats.keep(here, loop.cast, loop.loaded, "policy", self, self._data_files(), loop.last)
 
 
 class _Loop:
@@ -140,8 +150,10 @@ class _Loop:
         lengths = [len(p.tokens) for p in self.prompts]
         self.order = Order(lengths, per_rollout, False, (here.seed, stage.name))
         self.canary = _invariants.canary(self.prompts[0].tokens, stage.sampling.temperature, self.cast.device)
+        self.mix = Mix.of(stage.pretraining, self.loaded, stage.name, here)
         trained = self.cast.parameters(self.algorithm.trains)
-        self.stepper = step.Stepper(trained, stage.optimiser, here.world, here.warn)
+        average = step.Average(self.cast.parameters(("policy",)), stage.ema) if stage.ema else None
+        self.stepper = step.Stepper(trained, stage.optimiser, here.world, here.warn, average)
         self._resume(rate)
 
     def _resume(self, rate: float) -> None:
@@ -227,7 +239,7 @@ class _Loop:
             minibatches = step.minibatches(lesson.experience, parts, *counter)
             for minibatch in islice(minibatches, lesson.position % parts, None):
                 with self.here.stopper.held():
-                    seen = self.guard.step(number, minibatch, lambda batch=minibatch: self._step(batch, rate))
+                    seen = self.guard.step(number, minibatch, lambda batch=minibatch: self._step(batch, lesson, rate))
                     if seen is not None:
                         self.algorithm.after(self.cast, self._steps(number, lesson.position))
                     if seen is not None and lesson.taken == 0:
@@ -239,11 +251,17 @@ class _Loop:
         """Optimiser steps of the stage, the one at `position` of rollout `number` included."""
         return (number - 1) * self.algorithm.passes * self.algorithm.minibatches + position + 1
 
-    def _step(self, minibatch: Learnt, rate: float) -> dict[str, float]:
-        def loss(part: Learnt) -> Any:
-            return self.algorithm.loss(self.cast, part)
+    def _step(self, minibatch: Learnt, lesson: Lesson, rate: float) -> dict[str, float]:
+        rests = isinstance(self.algorithm, Rests) and self.algorithm.rests(minibatch)
+        mix, rows = None if rests else self.mix, self.stage.microbatch_size
 
-        return self.stepper.step(minibatch, loss, self.stage.microbatch_size, rate)
+        def loss(part: Learnt) -> Any:
+            found = self.algorithm.loss(self.cast, part)
+            return found if mix is None else mix.beside(found)
+
+        place = self._steps(lesson.number, lesson.position) - 1
+        beside = [] if mix is None else [mix.job(self.cast, place, rows)]
+        return self.stepper.step(minibatch, loss, rows, rate, beside)
 
     def _close(self, number: int, seen: Mapping[str, float]) -> dict[str, float]:
         """The rollout is behind us: write what was seen, remember, save when it is time."""
