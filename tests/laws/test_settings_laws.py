@@ -15,9 +15,9 @@ from pydantic import BaseModel
 import palate
 from palate.settings import Choice, Settings, find, kinds
 
-# Where data and models come from, which weights train, and how text becomes tokens is the same in every training
-# stage, whatever the algorithm; each of these groups counts as the one setting it is there.
-ONE_DOOR_EACH = ("prompts", "loading", "encoding", "layout")
+# Where data and models come from, which weights train and how they move, and how text becomes tokens is the same in
+# every training stage, whatever the algorithm; each of these groups counts as the one setting it is there.
+ONE_DOOR_EACH = ("prompts", "pretraining", "loading", "encoding", "layout", "optimiser")
 
 
 def _ours() -> list[type]:

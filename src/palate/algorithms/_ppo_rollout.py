@@ -93,21 +93,24 @@ def _state_after(mask_BT: Tensor, limit: int | None) -> Tensor:
     return behind_BT & ~full_B[:, None]
 
 
-def scaled(scored: Scored, by: Literal["ignored", "running", "ref"], center: bool) -> tuple[Scored, dict[str, float]]:
+def scaled(
+    scored: Scored, by: Literal["ignored", "running", "ref"], center: bool
+) -> tuple[Scored, dict[str, float], dict[str, float]]:
     """Scores divided by the deviation of all scores so far (`running`) or of the first rollout's (`ref`), as trlX.
 
     Rewards of tokens are divided alike; an answer's score counts with those of its tokens. With `center` the mean is
-    taken off the answer's score first. The second value is what to remember, part of `Scored.memory` the next time.
+    taken off the answer's score first. The second value is what to remember, part of `Scored.memory` the next time; the
+    third are metrics.
     """
     if by == "ignored":
-        return scored, {}
+        return scored, {}, {}
     moments = credit.RunningMoments(*(scored.memory.get(name, 0.0) for name in _MOMENTS))
     if by == "running" or moments.count == 0:
         moments.update(_graded.earned(scored))
     shift, std = moments.mean if center else 0.0, moments.std
     remembered: dict[str, float] = dict(zip(_MOMENTS, (moments.count, moments.mean, moments.square), strict=True))
     found = replace(scored, score_B=(scored.score_B - shift) / std, token_reward_BT=scored.token_reward_BT / std)
-    return found, remembered
+    return found, remembered, {"objective/score_scale": std}
 
 
 def reward_parts(score_B: Tensor, heard: Heard, price: float, estimator: str) -> dict[str, Tensor]:

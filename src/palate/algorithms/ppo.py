@@ -115,7 +115,7 @@ class Algorithm(Choice):
         """Rewards, values, advantages and returns of a whole rollout; no gradient."""
         if self.moves:
             rollout.require_movable(cast)
-        trained, remembered = rollout.scaled(scored, self.scale_scores, self.center_scores)
+        trained, remembered, scale = rollout.scaled(scored, self.scale_scores, self.center_scores)
         heard = rollout.hear(cast, trained, self.score_position, self.old_logprobs, self.rollout_forward_batch_size)
         logp_BT, ref_BT, value_BT, mask_BT = heard.logp_BT, heard.ref_BT, heard.value_BT, heard.value_mask_BT
         kl_coef, said_BT = scored.memory["kl_coef"], heard.tokens.action_BT
@@ -130,7 +130,7 @@ class Algorithm(Choice):
         )
         advantage_BT = credit.whiten(raw_BT, said_BT) if self.whiten_advantages else raw_BT
         returns_BT = gain_BT + value_BT
-        metrics = rollout.summary(scored, trained, heard, found["kl_penalty"], returns_BT, raw_BT)
+        metrics = rollout.summary(scored, trained, heard, found["kl_penalty"], returns_BT, raw_BT) | scale
         return Experience(
             tokens_BT=heard.tokens.tokens_BT,
             real_BT=heard.tokens.real_BT,

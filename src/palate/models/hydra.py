@@ -40,6 +40,29 @@ def frozen_copy(trunk: Trunk) -> Trunk:
     return twin.requires_grad_(False)
 
 
+def branch(trunk: Trunk, blocks: int) -> Trunk:
+    """A trunk without a language-model head whose top `blocks` are a copy that trains; what runs before is shared.
+
+    −1 copies everything. What is shared has to be frozen already. Raises PalateError when the model has fewer blocks.
+    """
+    stack = block_stack(trunk)
+    if blocks > len(stack):
+        raise PalateError(
+            f"layout.value_blocks: {blocks} of {len(stack)} blocks. Use at most {len(stack)}, or -1 for all."
+        )
+    below = _run_before(trunk, stack[len(stack) - blocks]) if blocks > 0 else []
+    if any(p.requires_grad for p in below):
+        raise PalateError(
+            f"layout.value_blocks: {blocks} is less than unfrozen_blocks, so the value would stand on blocks that the "
+            "policy moves. Use as many or more, or -1 for all."
+        )
+    shared: dict[int, Any] = {id(p): p for p in below}
+    twin = Trunk(copy.deepcopy(trunk.base, shared), trunk.vocabulary)
+    for parameter in twin.parameters():
+        parameter.requires_grad_(id(parameter) not in shared)
+    return twin
+
+
 def block_stack(trunk: Trunk) -> nn.ModuleList:
     """The model's stack of blocks: the module list as long as its configuration says."""
     depth = trunk.model.config.get_text_config().num_hidden_layers

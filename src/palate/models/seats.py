@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import nn
 
 from palate.models.heads import Head, HeadInit, HeadKind, ScalarHead, fresh_action_head, fresh_head
-from palate.models.hydra import freeze_below, frozen_copy
+from palate.models.hydra import branch, freeze_below, frozen_copy
 from palate.models.load import Loaded
 from palate.models.lora import adapter_names, add_adapter
 from palate.models.trunk import Trunk
@@ -40,7 +40,10 @@ class Layout(Settings):
     a frozen copy as reference (lm-human-preferences). adapters: one frozen trunk, a LoRA adapter per trained role,
     the reference is the bare trunk. hydra: as shared, but only the top blocks train and are copied (trlX)."""
     unfrozen_blocks: int = Field(default=2, ge=-1)
-    """hydra: how many top blocks train; 0: heads only, -1: everything."""
+    """hydra: how many top blocks train (trlX's num_layers_unfrozen); 0: heads only, -1: everything."""
+    value_blocks: int = Field(default=0, ge=-1)
+    """hydra: how many top blocks the value has a copy of its own of (trlX's num_value_layers_unfrozen), at least as
+    many as train; 0: it sits on the policy's, -1: all of them."""
     lora_rank: int = Field(default=16, ge=1)
     """adapters: rank r of the low-rank terms."""
     lora_alpha: float = Field(default=32.0, gt=0)
@@ -125,7 +128,10 @@ def _separate(layout: Layout, trunk: Trunk, roles: Sequence[str], key: int, valu
 
 def _mute_copy(trunk: Trunk) -> Trunk:
     """The trunk's body with weights of its own and no language-model head, which a scalar role never uses."""
-    twin = Trunk(copy.deepcopy(trunk.base), trunk.vocabulary).requires_grad_(True)
+    return _recomputing_as(trunk, Trunk(copy.deepcopy(trunk.base), trunk.vocabulary).requires_grad_(True))
+
+
+def _recomputing_as(trunk: Trunk, twin: Trunk) -> Trunk:
     if trunk.recomputes:
         twin.checkpoint_activations()
     return twin
@@ -138,7 +144,10 @@ def _shared(layout: Layout, trunk: Trunk, roles: Sequence[str], key: int, value:
 
 def _hydra(layout: Layout, trunk: Trunk, roles: Sequence[str], key: int, value: Trunk | None) -> _Places:
     freeze_below(trunk, layout.unfrozen_blocks)
-    return {role: (frozen_copy(trunk) if role == "reference" else trunk, None) for role in roles}
+    found: _Places = {role: (frozen_copy(trunk) if role == "reference" else trunk, None) for role in roles}
+    if layout.value_blocks and "value" in roles and "policy" in roles:
+        found["value"] = (_recomputing_as(trunk, branch(trunk, layout.value_blocks)), None)
+    return found
 
 
 def _adapters(layout: Layout, trunk: Trunk, roles: Sequence[str], key: int, value: Trunk | None) -> _Places:
