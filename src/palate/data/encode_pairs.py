@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from palate.data.encode import (
     Encoded,
@@ -124,41 +125,108 @@ def encode_returns(
 
 
 def encode_corrections(
-    records: Iterable[Record], speaker: Speaker, encoding: Encoding, context: int | None = None
+    records: Iterable[Record],
+    speaker: Speaker,
+    encoding: Encoding,
+    context: int | None = None,
+    insertions: bool = True,
 ) -> Encoded[PairRow]:
     """Corrected answers (chosen) beside the originals (rejected), marked where the correction changed tokens.
 
-    The marks come from a difference of the two token sequences (RLHF-V's `difflib` alignment, blocks of at least three
-    tokens kept equal).
+    The marks of the corrected answer are its annotated spans where it has some. All others come from a difference of
+    the two token sequences (`changed`). A preference pair is read as a correction of its rejected answer.
     """
     encoder = Encoder(speaker, encoding, context)
 
     def one(record: Record) -> PairRow:
-        if not isinstance(record, Correction):
-            raise PalateError(f"expected corrected answers, got {called(record)}. Name data of another format.")
-        chosen = encoder.answer(record.prompt, record.corrected)
-        rejected = encoder.answer(record.prompt, record.original)
-        return PairRow(chosen, rejected, corrected=changed(chosen, rejected))
+        told = _as_correction(record)
+        chosen = encoder.answer(told.prompt, told.corrected)
+        rejected = encoder.answer(told.prompt, told.original)
+        marks, others = changed(chosen, rejected, insertions)
+        if told.spans:
+            marks = _annotated(chosen, told, speaker)
+        return PairRow(chosen, rejected, corrected=(marks, others))
 
     return each(records, one)
 
 
-def changed(chosen: TokenRow, rejected: TokenRow) -> tuple[list[bool], list[bool]]:
-    """Which answer tokens of each row the other one replaced or lacks."""
-    marks = ([False] * len(chosen.tokens), [False] * len(rejected.tokens))
-    places = [[t for t, said in enumerate(row.trained) if said] for row in (chosen, rejected)]
-    said = [[row.tokens[t] for t in at] for row, at in zip((chosen, rejected), places, strict=True)]
-    for spans, mark, at in zip(_spans(*said), marks, places, strict=True):
-        for start, end in spans:
-            for t in at[start:end]:
-                mark[t] = True
+def encode_replacements(
+    records: Iterable[Record], speaker: Speaker, encoding: Encoding, context: int | None = None
+) -> Encoded[PairRow]:
+    """As `encode_corrections`, but what was only inserted or only left out is not marked."""
+    return encode_corrections(records, speaker, encoding, context, insertions=False)
+
+
+def _as_correction(record: Record) -> Correction:
+    if isinstance(record, Ranking) and len(record.pairs) == 1:
+        ((good, bad),) = record.pairs
+        said = record.completions
+        return Correction(record.prompt, record.columns, record.group, original=said[bad], corrected=said[good])
+    if not isinstance(record, Correction):
+        raise PalateError(f"expected corrected answers, got {called(record)}. Name data of another format.")
+    return record
+
+
+def _annotated(chosen: TokenRow, told: Correction, speaker: Speaker) -> list[bool]:
+    """Which tokens of the corrected answer have a character inside one of its spans."""
+    text = told.corrected if isinstance(told.corrected, str) else told.corrected[-1].content
+    for i, (start, end) in enumerate(told.spans):
+        if not 0 <= start <= end <= len(text):
+            raise PalateError(
+                f"spans[{i}]: it runs from {start} to {end}, outside the corrected answer of {len(text)} characters. "
+                "Count characters of `corrected` from 0."
+            )
+    places = [t for t, said in enumerate(chosen.trained) if said]
+    ends = _ends([chosen.tokens[t] for t in places], speaker)
+    whole = speaker.decode([chosen.tokens[t] for t in places], skip_special=False)
+    first = whole.find(text)
+    if first < 0:  # a row that was cut holds the text's beginning alone
+        first = next(i for i in range(len(whole) + 1) if text.startswith(whole[i:]))
+    if first == len(whole):
+        raise PalateError("spans: the tokenizer changes this answer's text. Leave spans out, for a difference instead.")
+    marks = [False] * len(chosen.tokens)
+    for t, before, end in zip(places, [0, *ends], ends, strict=False):
+        start = min(before, end - 1)  # the later bytes of a character add nothing to the text, and belong to it
+        marks[t] = any(start < first + stop and first + begin < end for begin, stop in told.spans if begin < stop)
     return marks
 
 
-def _spans(first: Sequence[int], second: Sequence[int]) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    found: tuple[list[tuple[int, int]], list[tuple[int, int]]] = ([], [])
-    for kind, a, b, c, d in difflib.SequenceMatcher(None, first, second, autojunk=False).get_opcodes():
-        if kind != "equal":
-            found[0].append((a, b))
-            found[1].append((c, d))
-    return found
+def _ends(tokens: Sequence[int], speaker: Speaker) -> list[int]:
+    """Where each token's text ends in the text of them all."""
+    alone = [speaker.decode([t], skip_special=False) for t in tokens]
+    if "".join(alone) == speaker.decode(tokens, skip_special=False):
+        return list(accumulate(len(piece) for piece in alone))
+    return [len(speaker.decode(tokens[: n + 1], skip_special=False)) for n in range(len(tokens))]
+
+
+def changed(chosen: TokenRow, rejected: TokenRow, insertions: bool = True) -> tuple[list[bool], list[bool]]:
+    """Which answer tokens of each row the other one replaced or, with `insertions`, lacks altogether.
+
+    Only runs of three tokens or more that both have in common count as unchanged, as in RLHF-V's released code: a
+    comma in the middle of another sentence is chance. The released code leaves insertions out.
+    """
+    marks = ([False] * len(chosen.tokens), [False] * len(rejected.tokens))
+    places = [[t for t, said in enumerate(row.trained) if said] for row in (chosen, rejected)]
+    said = [[row.tokens[t] for t in at] for row, at in zip((chosen, rejected), places, strict=True)]
+    for mine, theirs in _spans(*said):
+        if insertions or (mine and theirs):
+            for mark, at, span in zip(marks, places, (mine, theirs), strict=True):
+                for i in span:
+                    mark[at[i]] = True
+    return marks
+
+
+_LEAST_MATCH = 3
+"""Tokens in a row that have to be the same."""
+
+
+def _spans(first: Sequence[int], second: Sequence[int]) -> Iterator[tuple[range, range]]:
+    """What lies between the runs that both have in common, in each of them; one side may be empty."""
+    i = j = 0
+    blocks = difflib.SequenceMatcher(None, first, second, autojunk=False).get_matching_blocks()
+    for block in blocks:
+        last = block.a == len(first) and block.b == len(second)
+        if block.size >= _LEAST_MATCH or last:
+            if i < block.a or j < block.b:
+                yield range(i, block.a), range(j, block.b)
+            i, j = block.a + block.size, block.b + block.size

@@ -28,6 +28,7 @@ from palate.data.encode_pairs import (
     encode_corrections,
     encode_labels,
     encode_pairs,
+    encode_replacements,
     encode_returns,
 )
 from palate.data.source import Data
@@ -44,6 +45,7 @@ _ENCODERS: dict[str, Callable[..., Any]] = {
     "labels": encode_labels,
     "returns": encode_returns,
     "corrections": encode_corrections,
+    "replacements": encode_replacements,
 }
 _COLLATORS: dict[type, Callable[..., Rows]] = {
     TokenRow: collate.examples,
@@ -112,6 +114,16 @@ def surveyed(rows: Sequence[Row], survey: Callable[[Sequence[Row]], Sequence[Row
     for one in said:
         here.warn(str(one.message))
     return found
+
+
+def held_like(
+    held: Sequence[Row], rows: Sequence[Row], found: Sequence[Row], survey: Callable[[Sequence[Row]], Sequence[Row]]
+) -> Sequence[Row]:
+    """Held-out rows on the scale of the training rows, where the survey put these (`rows`, now `found`) on another.
+
+    They are surveyed behind the training rows, so that a few of them need no scale of their own.
+    """
+    return held if found is rows or not held else survey([*rows, *held])[len(found) :]
 
 
 def prompts(
