@@ -27,6 +27,7 @@ from palate.models.heads import ActionHead, ScalarHead
 from palate.models.make import make
 from palate.records import Message, Rated
 from palate.settings import PalateError, build
+from palate.stages import _rows
 from tests.algorithms.resuming import goes_on
 from tests.laws import test_microbatch_law as law
 from tests.losses.golden import part_of
@@ -331,6 +332,16 @@ def test_returns_are_standardised_over_the_data_set() -> None:
     assert [row.rating for row in plain] == case["returns"]
 
 
+def test_held_out_returns_are_on_the_same_scale() -> None:
+    """Few of them, all equal even: the scale is that of the data set."""
+    rows, held = rated(*range(100)), rated(150, 150)
+    found = made().survey(rows)
+    (first, second) = _rows.held_like(held, rows, found, made().survey)  # type: ignore[arg-type]
+    assert first.rating == second.rating == pytest.approx((150 - 49.5) / 29.0, rel=0.15)  # type: ignore[union-attr]
+    plain = made(standardise_returns=False).survey
+    assert _rows.held_like(held, rows, plain(rows), plain) is held  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("standardise", [True, False])
 @pytest.mark.parametrize("ratings", [(2.5,), (2.5, 2.5, 2.5)])
 def test_equal_returns_are_refused(standardise: bool, ratings: tuple[float, ...]) -> None:
@@ -370,11 +381,13 @@ def test_a_stopped_run_goes_on_with_its_slow_copies(tmp_path: Path, place: tuple
 def test_a_run_syncs_as_often_as_its_optimiser_steps_say(
     tmp_path: Path, place: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two epochs of four steps, two micro-batches each: syncs behind steps 3 and 6, by steps alone."""
+    """Epochs of three steps, two micro-batches each: syncs behind steps 3 and 6, by steps alone."""
     blended: list[tuple[str, str]] = []
     blend = Cast.blend
     monkeypatch.setattr(Cast, "blend", lambda self, a, b, share: blended.append((a, b)) or blend(self, a, b, share))
-    tiny.run(tmp_path, stage(*place))
+    split = {"path": str(place[1]), "held_out": 0.25}
+    folder = tiny.run(tmp_path, {**stage(*place), "data": split, "num_train_epochs": 3, "max_steps": 8})
+    assert tiny.lines(folder / "1-ilql" / "metrics.jsonl")[-1]["eval/loss/q"] > 0
     assert blended == [("q1", "target_q1"), ("q2", "target_q2")] * 2
 
 

@@ -103,7 +103,7 @@ class _Training:
         encoder = (self.algorithm.reads, self.loaded.tokenizer, stage.encoding, self.loaded.trunk.context, here)
         rows, held = (_rows.encode(records, *encoder) for records in read)
         self.rows: Sequence[_rows.Row] = _rows.surveyed(rows, self.algorithm.survey, here)
-        self.held: Sequence[_rows.Row] = held
+        self.held: Sequence[_rows.Row] = _rows.held_like(held, rows, self.rows, self.algorithm.survey)
         if len(self.rows) < stage.batch_size:
             raise PalateError(
                 f"{stage.name}: {len(self.rows)} rows do not fill one batch of {stage.batch_size}. "
