@@ -111,6 +111,7 @@ class Comparisons(Rows):
     """B prompts with up to K ranked answers each; `present_BK` is False on the unused places.
 
     `rank_BK` is 0 for the best, ties share a rank; `margin_B` is the stated strength of a pair (0 where not given).
+    `probability_B` is how likely the better one of two answers is the better one; None where no judge was unsure.
     """
 
     tokens_BKT: Tensor
@@ -119,6 +120,7 @@ class Comparisons(Rows):
     rank_BK: Tensor
     margin_B: Tensor
     action_BKT: Tensor
+    probability_B: Tensor | None = None
 
     def counts(self) -> dict[str, float]:
         answers = float(self.present_BK.sum())
@@ -210,7 +212,8 @@ class Scored(Rows):
 
     `score_B` is the weighted score after penalty and clipping; `token_reward_BT`, all zeros for per-answer rewards,
     holds what was given per token. `memory` is what the algorithm remembers between iterations (a KL coefficient).
-    `baseline_B` is the score of the likeliest answer to the row's prompt, where the algorithm asks for it.
+    `baseline_B` is the score of the likeliest answer to the row's prompt, where the algorithm asks for it. `key` is the
+    counter of whatever an algorithm draws at random about this rollout.
     """
 
     rollouts: Rollouts
@@ -219,6 +222,7 @@ class Scored(Rows):
     parts: Mapping[str, Tensor]
     memory: Mapping[str, float]
     baseline_B: Tensor | None = None
+    key: int = 0
 
 
 @dataclass(frozen=True)
@@ -287,7 +291,21 @@ class Duels(Rows):
         return Tokens(*(x.flatten(0, 1) for x in (self.tokens_BKT, self.real_BKT, self.action_BKT)))
 
 
-Learnt = Experience | Graded | Duels
+@dataclass(frozen=True)
+class Chosen(Tokens):
+    """Answers of the policy that were chosen to be imitated; the rest of the rollout is not in it.
+
+    `steps_B` is in how many of its steps of improvement, from the first, a row is learnt from; 1 or more.
+    """
+
+    steps_B: Tensor
+    temperature: float
+    memory: Mapping[str, float]
+    metrics: Mapping[str, float]
+    shown_BT: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+
+Learnt = Experience | Graded | Duels | Chosen
 """What an online algorithm may learn from: rows, with the temperature they were drawn at, `memory`, `metrics`, and
 `shown_BT` (of the rollout's rows, in their order; for people alone)."""
 

@@ -300,7 +300,10 @@ def evaluate(batches: Sequence[R], loss: LossFunction[R], world: World) -> dict[
 
 
 def minibatches(batch: R, parts: int, *counter: int | str) -> Iterator[R]:
-    """`batch` in `parts` consecutive slices of a fresh permutation drawn for this counter (details 15 and 16)."""
+    """`batch` in `parts` consecutive slices of a fresh permutation drawn for this counter (details 15 and 16).
+
+    Always so many: sizes differ by 1 at most, and some are empty where there are fewer rows than parts.
+    """
     order = torch.tensor(permutation(batch.size, *counter))
-    for index in order.chunk(parts):
+    for index in order.tensor_split(parts):
         yield batch.select(index)

@@ -106,6 +106,15 @@ class ReadsGreedy(Protocol):
 
 
 @runtime_checkable
+class Sifts(Protocol):
+    """An online algorithm that learns from fewer rows in later passes."""
+
+    def of_pass(self, batch: Any, number: int) -> Learnt:
+        """The rows that pass `number` over a rollout (from 0) learns from."""
+        ...
+
+
+@runtime_checkable
 class Rests(Protocol):
     """An online algorithm whose policy does not learn from every rollout."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from palate.batches import Duels, Experience, Graded, Learnt, Scored
+from palate.batches import Chosen, Duels, Experience, Graded, Learnt, Scored
 from palate.data.encode import PromptRow
 from palate.models.tokenizer import Tokenizer
 
@@ -25,7 +25,7 @@ def table(
     where it is True. What the algorithm did not compute is absent.
     """
     rollouts, found = scored.rollouts, list[dict[str, Any]]()
-    if isinstance(experience, Duels) or experience.size != rollouts.size:  # its rows are not the rollout's
+    if isinstance(experience, Duels | Chosen) or experience.size != rollouts.size:  # its rows are not the rollout's
         return found
     score, parts = _exact(scored.score_B), {name: _exact(part_B) for name, part_B in scored.parts.items()}
     for i in range(min(rows, experience.size)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 
 from palate import step
-from palate.algorithms.protocol import Online, Rests
+from palate.algorithms.protocol import Online, Rests, Sifts
 from palate.batches import Learnt, Rollouts, without_shown
 from palate.cast import Layout
 from palate.data.encode import Encoding, PromptRow
@@ -195,7 +196,8 @@ class _Loop:
         self.engine.publish(_invariants.publication(self.cast, self.canary, number - 1))
         pad = self.loaded.tokenizer.pad
         answered = _resampling.filled(lambda turn: self._ask(number, turn), self.algorithm, pad, number)
-        scored, prompts = answered.scored, answered.prompts
+        counter = key(self.here.seed, self.stage.name, number, "prepare")
+        scored, prompts = replace(answered.scored, key=counter), answered.prompts
         with _guard.about(scored.rollouts), torch.no_grad():
             experience = self.algorithm.prepare(self.cast, scored)
         _invariants.require_finite(experience)
@@ -236,8 +238,11 @@ class _Loop:
         parts = self.algorithm.minibatches
         for epoch in range(lesson.position // parts, self.algorithm.passes):
             counter = (self.here.seed, self.stage.name, number, epoch, "minibatches")
-            minibatches = step.minibatches(lesson.experience, parts, *counter)
+            minibatches = step.minibatches(self._of_pass(lesson.experience, epoch), parts, *counter)
             for minibatch in islice(minibatches, lesson.position % parts, None):
+                if not minibatch.size:
+                    lesson.add(None)
+                    continue
                 with self.here.stopper.held():
                     seen = self.guard.step(number, minibatch, lambda batch=minibatch: self._step(batch, lesson, rate))
                     if seen is not None:
@@ -246,6 +251,9 @@ class _Loop:
                         _invariants.require_first_minibatch(seen, self.loaded.trunk.dtype, number)
                     lesson.add(seen)
         lesson.seconds += time.perf_counter() - started
+
+    def _of_pass(self, experience: Learnt, number: int) -> Learnt:
+        return self.algorithm.of_pass(experience, number) if isinstance(self.algorithm, Sifts) else experience
 
     def _steps(self, number: int, position: int) -> int:
         """Optimiser steps of the stage, the one at `position` of rollout `number` included."""
