@@ -53,14 +53,16 @@ class Mix:
 
     @classmethod
     def of(cls, settings: Pretraining | None, loaded: Loaded, stage: str, here: Workspace) -> Mix | None:
-        """The mix of a stage, read and encoded; none where it has none. PalateError where no row is left."""
+        """The mix of a stage, read and encoded; none where it has none."""
         if settings is None:
             return None
         records, _ = _rows.read(settings.data, here)
-        rows = _rows.encode(records, "demonstrations", loaded.tokenizer, settings.encoding, loaded.trunk.context, here)
-        if not rows:
-            raise PalateError("pretraining.data: it has no row with a token to learn. Bring texts or demonstrations.")
-        return cls(settings, rows, loaded.tokenizer.pad, (here.seed, stage, "pretraining"))
+        speaker, context = loaded.tokenizer, loaded.trunk.context
+        try:
+            rows = _rows.encode(records, "demonstrations", speaker, settings.encoding, context, here)
+        except PalateError as fault:
+            raise PalateError(f"pretraining.data: {fault}") from None
+        return cls(settings, rows, speaker.pad, (here.seed, stage, "pretraining"))
 
     def drawn(self, step: int) -> list[int]:
         """The rows of optimiser step `step` (from 0) of the stage: a stream in which each epoch holds each row once.
