@@ -17,10 +17,11 @@ from palate.settings import Choice, PalateError
 
 
 class Algorithm(Choice):
-    """Offline Q-learning on rated answers (Snell et al. 2022, 2206.11871), laid out as trlX does.
+    """Offline Q-learning on rated answers: values of tokens, which steer decoding.
 
-    Two Q heads, their slow copies and a value head sit beside the policy on its trunk. The policy itself learns to
-    imitate; what is better than imitation comes from decoding with `steering.beta`.
+    Snell et al. 2022 (2206.11871), laid out as trlX does: two Q heads, their slow copies and a value head sit beside
+    the policy on its trunk. The policy itself learns to imitate; what is better than imitation comes from decoding with
+    `steering.beta`.
     """
 
     needs: ClassVar[tuple[str, ...]] = ()
