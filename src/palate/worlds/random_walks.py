@@ -237,8 +237,16 @@ SHAPES: dict[str, Callable[[Walks, int], Iterator[Record]]] = {
 def write_model(folder: Path | str, seed: int = 0, width: int = 64, layers: int = 2, heads: int = 4) -> Path:
     """A network that has walked nowhere, as a model folder: GPT-2's form, 21 letters and the end token.
 
-    The same seed gives the same weights. Its tokenizer knows the letters and refuses everything else.
+    The same seed gives the same weights, as wide as torch draws them by itself: embeddings N(0, 1), so that nodes are
+    far apart from the start, the rest 1/√(3·inputs). From embeddings of .08, what one walk teaches spills over to
+    others: the same methods then end up to .2 lower (docs/why.md). Its tokenizer knows the letters and refuses
+    everything else.
     """
     sizes = gpt2.Sizes(len(LETTERS) + 1, positions=16, width=width, layers=layers, heads=heads)
     random = torch.Generator().manual_seed(key("random walks", "weights", seed) >> 1)
-    return gpt2.write(Path(folder), gpt2.draw(sizes, random, 0.08, 0.08, 0.08), sizes, LETTERS)
+    return gpt2.write(
+        Path(folder),
+        gpt2.draw(sizes, random, embedding=1.0, matrix=None, head=(3 * width) ** -0.5, gain=3**-0.5),
+        sizes,
+        LETTERS,
+    )
