@@ -119,6 +119,29 @@ def group_spread(reward_B: Tensor, group: int) -> Tensor:
     return (reward_GK.amax(-1) - reward_GK.amin(-1)).repeat_interleave(group)
 
 
+def quantile_steps(start: float, end: float, steps: int) -> list[float]:
+    """`steps` quantiles in equal distances whose last one *is* `end`; `end` alone where there is a single step.
+
+    trlX's rejection sampling divides by the number of steps instead of the gaps between them and never gets there.
+    """
+    if steps < 1 or not 0 <= start <= end <= 1:
+        raise ValueError(f"1 step or more between quantiles 0 ≤ start ≤ end ≤ 1, not {steps} from {start} to {end}")
+    if steps == 1:
+        return [end]
+    return [start + (end - start) * i / (steps - 1) for i in range(steps - 1)] + [end]
+
+
+def reaches_quantile(score_B: Tensor, group: int, quantile: float) -> Tensor:
+    """Whether a score is at or above that quantile of its own prompt's scores, per row; `group` adjacent rows.
+
+    Between two scores the quantile is interpolated. The best of a prompt always passes, however rounding falls.
+    """
+    _groups(score_B, group)
+    score_GK = widen(score_B).view(-1, group)
+    bar_G1 = torch.minimum(score_GK.quantile(quantile, -1, keepdim=True), score_GK.amax(-1, keepdim=True))
+    return (score_GK >= bar_G1).flatten()
+
+
 def importance_weight(
     logp_BT: Tensor, sampled_BT: Tensor, mask_BT: Tensor, cap: float, masked: bool = False, whole: bool = False
 ) -> Tensor:
