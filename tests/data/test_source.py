@@ -72,6 +72,8 @@ def test_columns_are_renamed_or_put_together(tmp_path):
     assert (record.prompt, record.completion) == ("Two apples. How many?", "It is 2.0")
     assert record.columns["number"] == 7
     assert "id" not in record.columns
+    (bare,) = load(Data(path=path, columns={"prompt": "", "completion": "Body"}), 0)
+    assert (bare.prompt, bare.completion) == ("", "Two apples")
     with pytest.raises(PalateError, match=r"a\.jsonl:1: columns\.prompt: there is no column 'body'"):
         load(Data(path=path, columns={"prompt": "body"}), 0)
     with pytest.raises(PalateError, match=r"columns\.prompt: .*there is no field 'body'"):

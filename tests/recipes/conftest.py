@@ -42,6 +42,15 @@ def _transcript(row: int, words: tuple[str, ...]) -> str:
     return f"\n\nHuman: How was the {DISHES[row % 8]} on day {row}?\n\nAssistant: {_sentence(row, words)}"
 
 
+def _chat(row: int, good: str, bad: str) -> dict[str, Any]:
+    """A pair as the Tülu mixtures have them: both answers are whole conversations, the prompt stands beside them."""
+    asked = f"How was the {DISHES[row % 8]} on day {row}?"
+    chosen, rejected = (
+        [{"role": "user", "content": asked}, {"role": "assistant", "content": said}] for said in (good, bad)
+    )
+    return {"id": f"row-{row}", "source": "kitchen", "prompt": asked, "chosen": chosen, "rejected": rejected}
+
+
 def _label(row: int, tokenizer: Tokenizer) -> dict[str, Any]:
     """A label as the 2019 files store it: GPT-2 ids padded to fixed lengths with an id beyond the vocabulary."""
     draw = generator(key("labels", row))
@@ -93,5 +102,11 @@ def pantry(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     _write(
         data / "transcripts.jsonl",
         ({"chosen": _transcript(row, KIND), "rejected": _transcript(row, UNKIND)} for row in rows),
+    )
+    _write(data / "chats.jsonl", (_chat(row, good[row], bad[row]) for row in rows))
+    _write(data / "problems.jsonl", ({"problem": f"What is {row} + 1?", "answer": str(row + 1)} for row in rows))
+    _write(
+        data / "instructions.jsonl",
+        ({"instruction": f"Describe the {DISHES[row % 8]}", "input": "", "output": good[row]} for row in rows),
     )
     return {**{name: str(folder / name) for name in ("gpt2", "gpt_neox", "qwen2")}, "data": str(data)}

@@ -1,4 +1,4 @@
-"""The presets say what was published: Ziegler et al. 2019 (launch.py) and Huang et al. 2024, setting by setting."""
+"""The presets say what was published, setting by setting: each line of a preset has its source beside it."""
 
 from __future__ import annotations
 
@@ -89,3 +89,101 @@ def test_the_tldr_work() -> None:
     assert (rlhf["total_episodes"], rlhf["rollout_batch_size"], rlhf["microbatch_size"]) == (1_000_000, 512, 16)
     _says(rlhf["sampling"], {"temperature": 0.7, "max_new_tokens": 53, "top_k": 0, "top_p": 1.0})
     _says(rlhf["shaping"], {"missing_eos_penalty": -1.0, "missing_eos": "replace"})
+
+
+def test_tulu_dpo() -> None:
+    """Lambert et al. 2024 (2411.15124) and the command of open-instruct's docs/tulu3.md."""
+    (dpo, _) = _stages("tulu_dpo").values()
+    _says(dpo["algorithm"], {"kind": "dpo", "loss_type": "sigmoid_norm", "beta": 5.0, "label_smoothing": 0.0})
+    _says(dpo["optimiser"], {"learning_rate": 5e-7, "schedule": "linear", "weight_decay": 0.0})
+    assert dpo["optimiser"]["warmup_steps"] == 273_000 // 128 // 10
+    assert (dpo["batch_size"], dpo["num_train_epochs"], dpo["encoding"]["max_length"]) == (128, 1, 2_048)
+    assert dpo["model"] == "allenai/Llama-3.1-Tulu-3-8B-SFT"
+    assert dpo["data"]["path"] == "allenai/llama-3.1-tulu-3-8b-preference-mixture"
+
+
+def test_grpo_r1() -> None:
+    """DeepSeek-AI 2025 (2501.12948) with the objective of Shao et al. 2024 (2402.03300), eq. 3 and 4."""
+    rlhf = _stages("grpo_r1")["rlhf"]
+    _says(rlhf["algorithm"], {"num_generations": 16, "num_iterations": 1, "num_mini_batches": 16, "epsilon": 10.0})
+    _says(rlhf["algorithm"], {"beta": 0.001, "kl_in": "loss", "kl_estimator": "k3"})
+    _says(rlhf["algorithm"], {"scale_rewards": "group", "loss_type": "grpo", "surrogate": "clip"})
+    assert rlhf["optimiser"]["learning_rate"] == 3e-6
+    _says(rlhf["sampling"], {"temperature": 1.0, "max_new_tokens": 32_768})
+    assert (rlhf["rollout_batch_size"], rlhf["total_episodes"]) == (8_192, 10_400 * 512)
+    assert rlhf["rollout_batch_size"] // rlhf["algorithm"]["num_mini_batches"] == 32 * 16
+
+
+def test_trlx_ppo() -> None:
+    """default_ppo_config of trlX, trlx/data/default_configs.py."""
+    rlhf = _stages("trlx_ppo")["rlhf"]
+    _says(rlhf["algorithm"], {"num_ppo_epochs": 4, "num_mini_batches": 128 // 32, "kl_coef": 0.001, "target_kl": None})
+    _says(rlhf["algorithm"], {"horizon": 10_000.0, "gamma": 1.0, "lam": 0.95, "vf_coef": 1.0})
+    _says(rlhf["algorithm"], {"cliprange": 0.2, "cliprange_value": 0.2, "scale_scores": "ignored"})
+    _says(rlhf["layout"], {"kind": "hydra", "unfrozen_blocks": 2, "value_head": "mlp"})
+    adam = {"betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 1e-6, "schedule": "constant", "max_grad_norm": None}
+    _says(rlhf["optimiser"], {**adam, "learning_rate": 3e-5})
+    _says(rlhf["sampling"], {"max_new_tokens": 40, "top_k": 0, "top_p": 1.0})
+    assert (rlhf["rollout_batch_size"], rlhf["shaping"]["score_clip"]) == (128, 10.0)
+    steps_of_a_rollout = rlhf["algorithm"]["num_ppo_epochs"] * rlhf["algorithm"]["num_mini_batches"]
+    assert rlhf["total_episodes"] // 128 * steps_of_a_rollout == 1_600, "min(100 epochs, 10,000 steps)"
+
+
+def test_trlx_ilql() -> None:
+    """default_ilql_config of trlX, trlx/data/default_configs.py."""
+    stages = _stages("trlx_ilql")
+    ilql, evaluate = stages["ilql"], stages["evaluate"]
+    _says(ilql["algorithm"], {"tau": 0.7, "gamma": 0.99, "cql_scale": 0.1, "awac_scale": 1.0, "alpha": 0.001})
+    _says(ilql["algorithm"], {"beta": 0.0, "steps_for_target_q_sync": 5, "two_qs": True})
+    adam = {"betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 1e-6, "schedule": "constant", "max_grad_norm": None}
+    _says(ilql["optimiser"], {**adam, "learning_rate": 5e-5})
+    assert (ilql["model"], ilql["batch_size"], ilql["max_steps"]) == ("gpt2", 128, 1_000)
+    assert ilql["encoding"]["max_length"] == 64
+    _says(evaluate["sampling"], {"max_new_tokens": 56, "top_k": 20, "temperature": 1.0})
+    assert evaluate["steering"]["beta"] == 1.0
+
+
+def test_coati() -> None:
+    """ColossalChat's scripts of April 2023."""
+    stages = _stages("coati")
+    sft, reward, rlhf = (stages[name] for name in ("sft", "reward", "rlhf"))
+    assert (sft["num_train_epochs"], sft["batch_size"], sft["encoding"]["max_length"]) == (3, 4 * 8, 512)
+    _says(sft["optimiser"], {"learning_rate": 5e-6, "schedule": "cosine", "warmup_steps": 147})
+    assert (reward["num_train_epochs"], reward["batch_size"], reward["encoding"]["max_length"]) == (1, 1, 512)
+    _says(reward["optimiser"], {"learning_rate": 5e-6, "schedule": "cosine"})
+    assert reward["layout"]["reward_init"] == "coati"
+    _says(rlhf["algorithm"], {"num_ppo_epochs": 5, "kl_coef": 0.1, "cliprange": 0.2, "cliprange_value": 0.4})
+    _says(rlhf["algorithm"], {"vf_coef": 1.0, "whiten_advantages": False})
+    _says(rlhf["pretraining"], {"mode": "convex", "coef": 0.9, "batch_size": 1})
+    assert rlhf["optimiser"]["learning_rate"] == 1e-7
+    assert (rlhf["total_episodes"], rlhf["rollout_batch_size"]) == (10 * 10 * 8, 10 * 8)
+    assert rlhf["rollout_batch_size"] // rlhf["algorithm"]["num_mini_batches"] == 8
+    assert rlhf["encoding"]["max_prompt_length"] + rlhf["sampling"]["max_new_tokens"] == 128
+
+
+def test_instructgpt() -> None:
+    """Ouyang et al. 2022 (2203.02155), appendix C, the 1.3B model."""
+    stages = _stages("instructgpt")
+    sft, start, reward, rlhf = (stages[name] for name in ("sft", "start", "reward", "rlhf"))
+    assert (sft["num_train_epochs"], sft["batch_size"], sft["optimiser"]["learning_rate"]) == (16, 32, 9.65e-6)
+    assert (start["num_train_epochs"], start["batch_size"], start["optimiser"]["learning_rate"]) == (2, 32, 5e-6)
+    assert [part["weight"] for part in start["data"]["mixture"]] == [0.9, 0.1]
+    assert (reward["num_train_epochs"], reward["batch_size"], reward["optimiser"]["learning_rate"]) == (1, 64, 9e-6)
+    _says(reward["normalise"], {"before": False, "after": True, "over": "demonstrations", "mean": 0.0, "std": None})
+    assert {stage["optimiser"]["schedule"] for stage in (sft, start, reward)} == {"cosine"}
+    assert all(stage["optimiser"]["betas"] == [0.9, 0.95] for stage in (sft, start, reward, rlhf))
+    _says(rlhf["algorithm"], {"num_ppo_epochs": 1, "num_mini_batches": 512 // 64, "kl_coef": 0.02, "cliprange": 0.2})
+    _says(rlhf["algorithm"], {"gamma": 1.0, "target_kl": None})
+    _says(rlhf["pretraining"], {"mode": "add", "coef": 27.8, "batch_size": 8 * 64})
+    _says(rlhf["optimiser"], {"learning_rate": 9e-6, "schedule": "constant", "warmup_steps": 10})
+    assert (rlhf["ema"], rlhf["total_episodes"], rlhf["rollout_batch_size"]) == (0.992, 256_000, 512)
+    assert (rlhf["value_model"], rlhf["model"], rlhf["sampling"]["temperature"]) == ("stage:reward", "stage:start", 1.0)
+
+
+def test_every_preset_names_its_sources_and_what_is_ours() -> None:
+    """A number without a source beside it is said to be ours."""
+    for path in sorted(PRESETS.glob("*.yaml")):
+        text = path.read_text(encoding="utf-8")
+        head = text.partition("name:")[0].lower()
+        assert "ours on purpose" in head or "reproduced" in head, path.name
+        assert text.count("[") > 10, path.name

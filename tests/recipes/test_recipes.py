@@ -51,7 +51,9 @@ def test_every_recipe_runs_shrunk(recipe: str, pantry: dict[str, str], tmp_path:
         assert all(math.isfinite(v) for row in _rows(done / "metrics.jsonl") for v in row.values())
         assert (done / "model").is_dir() == (stage.name != "evaluate")
     trained = _rows(planned.stage_folder(len(planned.stages) - 2) / "metrics.jsonl")
-    assert [row["episode"] for row in trained] == [8.0, 16.0]
+    if planned.stages[-2].kind == "online":
+        assert [row["episode"] for row in trained] == [8.0, 16.0]
+    assert trained[-1]["lr"] >= 0
     found = json.loads((planned.stage_folder(len(planned.stages) - 1) / "evaluation.json").read_text())
     assert len(found["models"]) == 2
     page, summary = report.write(folder)

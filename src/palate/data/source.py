@@ -45,7 +45,8 @@ class Part(Settings):
     """What the columns mean; auto decides by the first row. `palate list formats` shows the names."""
 
     columns: dict[str, str] = Field(default_factory=dict)
-    """New name: old name, or a text with {old} names in it: {prompt: question, completion: "It is {answer}"}."""
+    """New name: old name, or a text with {old} names in it: {prompt: question, completion: "It is {answer}"}; "" is an
+    empty text."""
 
     split: str = "train"
     """Which split of a hub id or a saved dataset."""
@@ -82,7 +83,7 @@ class Data(Settings):
     """What the columns mean; auto decides by the first row."""
 
     columns: dict[str, str] = Field(default_factory=dict)
-    """New name: old name, or a text with {old} names in it."""
+    """New name: old name, or a text with {old} names in it; "" is an empty text."""
 
     split: str = "train"
     """Which split of a hub id or a saved dataset."""
@@ -319,6 +320,8 @@ def _as_asked(row: Row, part: Part, baseline: Mapping[str, Any]) -> Row | BadRow
 def _renamed(old: str, columns: dict[str, Any]) -> Any:
     if "{" in old:
         return fill(old, columns)
+    if not old and "" not in columns:
+        return ""
     if old not in columns:
         hint = nearest(old, [str(c) for c in columns])
         raise PalateError(f"there is no column {old!r}.{hint} Known: {listed(columns)}.")
