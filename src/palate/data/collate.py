@@ -26,8 +26,16 @@ def comparisons(rows: Sequence[RankedRow], pad: int) -> Comparisons:
     present = torch.tensor([[k < len(row.rows) for k in range(most)] for row in rows])
     ranks = torch.tensor([[*row.ranks, *[0] * (most - len(row.ranks))] for row in rows])
     margin = torch.tensor([row.margin or 0.0 for row in rows], dtype=torch.float32)
+    sure = [1.0 if row.probability is None else row.probability for row in rows]
+    soft = any(row.probability is not None for row in rows)
     return Comparisons(
-        tokens_BKT=tokens, real_BKT=real, present_BK=present, rank_BK=ranks, margin_B=margin, action_BKT=action
+        tokens_BKT=tokens,
+        real_BKT=real,
+        present_BK=present,
+        rank_BK=ranks,
+        margin_B=margin,
+        action_BKT=action,
+        probability_B=torch.tensor(sure, dtype=torch.float32) if soft else None,
     )
 
 

@@ -39,12 +39,16 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class RankedRow:
-    """K answers to one prompt as whole rows, trained on their answer tokens; smaller ranks are better."""
+    """K answers to one prompt as whole rows, trained on their answer tokens; smaller ranks are better.
+
+    `probability` is how likely the better one of two answers is the better one, where a judge said so.
+    """
 
     prompt_key: str
     rows: list[TokenRow]
     ranks: list[int]
     margin: float | None
+    probability: float | None = None
 
 
 R = TypeVar("R")
@@ -193,7 +197,7 @@ class Encoder:
             answers = [self._stored(stored, ids) for ids in record.columns["completion_tokens"]]
         else:
             answers = [self.answer(record.prompt, c) for c in record.completions]
-        return RankedRow(record.key, answers, list(record.ranks), record.margin)
+        return RankedRow(record.key, answers, list(record.ranks), record.margin, record.probability)
 
     def answer(self, prompt: Text, completion: Text) -> TokenRow:
         """One answer behind its prompt, only its own tokens marked."""

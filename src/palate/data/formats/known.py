@@ -84,7 +84,7 @@ def _has_picture(row: Columns) -> bool:
 _TALK = trl.CONVERSATION
 _EXTRA = ("group", "tree", "images", "tools", "system")
 _ASKED = ("input", "history", "system")
-_PAIR = (*_EXTRA, *trl.MARGINS)
+_PAIR = (*_EXTRA, *trl.MARGINS, trl.SOFT)
 
 FORMATS: tuple[Format, ...] = (
     Format("text", _one("text"), trl.text, _EXTRA),

@@ -22,6 +22,8 @@ from palate.records import (
 
 CONVERSATION = ("messages", "conversations")
 MARGINS = ("margin", "rank_gap")
+SOFT = "probability"
+"""The column of a soft label: how likely `chosen` is the better answer, as a judge who is not sure states it."""
 
 
 def text(row: Row) -> Iterator[Record]:
@@ -150,8 +152,17 @@ def pair(row: Row, prompt: Text, chosen: Text, rejected: Text, *used: str) -> Ra
     """A preference with the row's margin, group and the columns that were not used."""
     field = row.first(*MARGINS)
     margin = row.number(field) if row.has(field) else None
-    more = row.rest(*used, *MARGINS)
-    return preference(prompt, chosen, rejected, margin, columns=more, group=_group(row))
+    more = row.rest(*used, *MARGINS, SOFT)
+    sure = _probability(row) if row.has(SOFT) else None
+    return preference(prompt, chosen, rejected, margin, columns=more, group=_group(row), probability=sure)
+
+
+def _probability(row: Row) -> float:
+    value = row.number(SOFT)
+    if not 0 <= value <= 1:
+        move = "Give the probability, 0 to 1, that `chosen` is the better answer"
+        raise row.fault(SOFT, f"expected a number from 0 to 1, got {value:g}", move)
+    return value
 
 
 def _group(row: Row) -> str:
