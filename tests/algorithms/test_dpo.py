@@ -25,6 +25,7 @@ from palate.stages import train
 from tests.algorithms import pair_cases as cases
 from tests.algorithms.resuming import goes_on
 from tests.laws import test_microbatch_law as law
+from tests.losses.golden import part_of
 from tests.stages import tiny_runs as tiny
 
 EVERY = "sigmoid sigmoid_norm robust hinge ipo exo_pair nca_pair bco_pair sppo_hard apo_zero apo_down aot aot_unpaired"
@@ -94,6 +95,21 @@ def test_the_gradient_and_what_is_reported_are_golden() -> None:
         }
     )
     assert all(lookup(name) for name in (*seen, *loss.terms))
+
+
+def test_at_the_reference_exactly_nothing_is_gained_and_no_pair_is_in_order() -> None:
+    """Equal rewards are wrong: `accuracy_strict` of the golden step 0."""
+    cast, raw, _ = cases.golden()
+    cast.said["reference"] = cast.said["policy"].detach()
+    expected = part_of("preference_losses_step0")["expected"]
+    for settings, name in (({}, "dpo"), ({"label_smoothing": 0.1}, "cdpo"), ({"loss_type": "ipo"}, "ipo")):
+        algorithm = made(**settings)
+        loss = algorithm.loss(cast, cases.ready(algorithm, cast, raw))  # type: ignore[arg-type]
+        assert float(cases.value(loss, raw).detach()) == pytest.approx(expected[name], abs=1e-12)
+        seen = cases.seen(loss)
+        assert seen["rewards/accuracies"] == expected["accuracy_strict"]
+        assert seen["rewards/margins"] == expected["margins"]
+        assert seen["logps/chosen_change"] == 0.0
 
 
 # --- numbers that are not golden, the slow way ------------------------------------------------------------------------
