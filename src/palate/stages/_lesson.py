@@ -49,7 +49,8 @@ class Lesson:
     def metrics(self) -> dict[str, float]:
         """What was seen before the steps, and the means over the steps that were taken."""
         means = {name: total / self.taken for name, total in self.totals.items()}
-        return {**self.seen, **means, **({"first_minibatch/ratio_error": self.first} if self.taken else {})}
+        ratio = {"first_minibatch/ratio_error": self.first} if "val/ratio" in self.totals else {}
+        return {**self.seen, **means, **ratio}
 
     def tensors(self) -> dict[str, Tensor]:
         """The experience's tensors, for a checkpoint."""
