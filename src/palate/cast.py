@@ -205,6 +205,10 @@ class Cast:
         # The last column is the last real token's state: Trunk.hidden repeats it over the padding.
         return self._head(role)(_hidden(self.seat(role), batch)[:, -1])
 
+    def token_scores(self, role: str, batch: Tokens) -> Tensor:
+        """The head's output B×T at each token itself, gain and bias applied; 0 on padding."""
+        return self._head(role)(_hidden(self.seat(role), batch)).masked_fill(~batch.real_BT, 0.0)
+
     def _head(self, role: str) -> ScalarHead:
         head = self.seat(role).head
         if not isinstance(head, ScalarHead):

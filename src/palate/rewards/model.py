@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from pydantic import Field, PrivateAttr
 from torch import Tensor
@@ -15,6 +17,7 @@ from palate.models.tokenizer import Tokenizer
 from palate.parallel import World
 from palate.records import Message, Ranking
 from palate.rewards.reward import Answers, Verdict
+from palate.rewards.steps import step_ends
 from palate.settings import Choice, NotFinite, PalateError
 
 
@@ -31,6 +34,9 @@ class Reward(Choice):
     """A folder with a reward model, a hub id, or stage:NAME."""
     batch_size: int = Field(default=32, ge=1)
     """Answers of one forward pass; changes memory and speed, not scores."""
+    step_separator: str = ""
+    """What stands between the steps of an answer, for a process reward model: each step is then scored at its last
+    token, given there and not to the answer as a whole. Empty: one score at the end of the answer."""
     name: str = ""
     """What tables and metrics call it; empty is `model`."""
 
@@ -47,6 +53,8 @@ class Reward(Choice):
     def score(self, answers: Answers) -> Verdict:
         """One score per answer. Raises PalateError where the head is untrained or an answer does not fit."""
         loaded = self._open()
+        if self.step_separator:
+            return self._of_steps(loaded, answers)
         score_B = _scores(loaded, tokens_for(loaded, answers), self.batch_size, answers.world)
         broken_B = ~score_B.isfinite()
         if bool(broken_B.any()):
@@ -58,6 +66,22 @@ class Reward(Choice):
         score_B = score_B.to(answers.rollouts.tokens_BT.device)
         return Verdict(score_B, None, {self.label: score_B})
 
+    def _of_steps(self, loaded: Loaded, answers: Answers) -> Verdict:
+        """Scores of steps, as per-token rewards at their last tokens; `parts` has their sum."""
+        if not reads_ids(loaded, answers):
+            raise PalateError(
+                f"reward {self.label}: step_separator: {self.model} has another tokenizer than the policy, so its "
+                "steps do not end at the policy's tokens. Take a process reward model with the policy's tokenizer."
+            )
+        read = tokens_for(loaded, answers)
+        score_BT = _scores(loaded, read, self.batch_size, answers.world, "token_scores")
+        rows = answers.rollouts
+        here_BT = step_ends(rows, answers.tokenizer, self.step_separator)
+        token_BT = score_BT.to(rows.tokens_BT.device).where(here_BT, 0.0)
+        if not bool(token_BT.isfinite().all()):
+            raise NotFinite(f"reward {self.label}: {self.model} gives numbers that are not finite. Train it again.")
+        return Verdict(torch.zeros_like(token_BT[:, 0]), token_BT, {self.label: token_BT.sum(-1)})
+
     def _open(self) -> Loaded:
         """The model, loaded once."""
         if self._loaded is None:
@@ -65,14 +89,19 @@ class Reward(Choice):
         return self._loaded
 
 
+def reads_ids(loaded: Loaded, answers: Answers) -> bool:
+    """Whether the reward model gives every id the meaning that the policy gives it."""
+    mine, theirs = loaded.tokenizer, answers.tokenizer
+    return mine.same_words(theirs) and mine.eos == theirs.eos
+
+
 def tokens_for(loaded: Loaded, answers: Answers) -> Tokens:
     """What the reward model reads: the sampled ids, or texts encoded anew; `action_BT` is True on the answer."""
     rows = answers.rollouts
-    mine, theirs = loaded.tokenizer, answers.tokenizer
-    if mine.same_words(theirs) and mine.eos == theirs.eos:
+    if reads_ids(loaded, answers):
         tokens = Tokens(rows.tokens_BT, rows.real_BT, rows.action_BT)
     else:
-        tokens = _encoded(mine, answers)
+        tokens = _encoded(loaded.tokenizer, answers)
     longest_B = tokens.real_BT.sum(-1)
     if int(longest_B.max()) > loaded.trunk.context:
         row = int(longest_B.argmax())
@@ -106,11 +135,20 @@ def _record(answers: Answers, row: int) -> Ranking:
 
 
 @torch.no_grad()
-def _scores(loaded: Loaded, tokens: Tokens, batch_size: int, world: World) -> Tensor:
-    """Scores in the order of the rows, computed on rows of like length."""
+def _scores(
+    loaded: Loaded,
+    tokens: Tokens,
+    batch_size: int,
+    world: World,
+    each: Literal["scores", "token_scores"] = "scores",
+) -> Tensor:
+    """Scores in the order of the rows (B, or B×T for `token_scores`), computed on rows of like length."""
     cast = Cast({"reward": Seat(loaded.trunk, None, loaded.head)})
     order_B = tokens.real_BT.sum(-1).argsort(stable=True)
     parts = list(tokens.select(order_B).split(world.rows_each(tokens.size, batch_size)))
-    said = [cast.scores("reward", part.trimmed()) for part, _ in world.deal(parts)]
+    if each == "scores":
+        said = [cast.scores("reward", part.trimmed()) for part, _ in world.deal(parts)]
+    else:
+        said = [cast.token_scores("reward", part) for part, _ in world.deal(parts)]
     sorted_B = world.gather_rows(said, [part.size for part in parts])
     return torch.empty_like(sorted_B).index_copy(0, order_B, sorted_B)
