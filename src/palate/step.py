@@ -72,6 +72,11 @@ class Average:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self.parameters, self.decay = dict(parameters), decay
+        self.averages: dict[str, Tensor] = {}
+        self.begin()
+
+    def begin(self) -> None:
+        """The average is what the parameters are now."""
         self.averages = {name: local(p).detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()

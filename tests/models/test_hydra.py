@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from palate.models.hydra import freeze_below, frozen_copy
+from palate.models.hydra import block_stack, branch, freeze_below, frozen_copy
 from palate.models.trunk import Trunk
 from palate.settings import PalateError
 
@@ -88,3 +88,39 @@ def test_the_reference_starts_bit_equal_and_never_moves(build, family, unfrozen)
 def test_more_blocks_than_there_are_is_refused(build):
     with pytest.raises(PalateError, match=r"unfrozen_blocks: 3 of 2 blocks"):
         freeze_below(Trunk(build("llama"), 60), 3)
+
+
+@pytest.mark.parametrize(("unfrozen", "blocks"), [(0, 1), (1, 1), (1, 2), (0, -1), (-1, -1)])
+def test_a_value_branch_is_a_copy_of_its_blocks_on_what_is_frozen(build, family, unfrozen, blocks):
+    trunk = Trunk(build(family), 60)
+    freeze_below(trunk, unfrozen)
+    value = branch(trunk, blocks)
+    assert torch.equal(value.hidden(TOKENS, REAL), trunk.hidden(TOKENS, REAL))
+    theirs = {id(p) for p in trunk.parameters()}
+    own = [p for p in value.parameters() if id(p) not in theirs]
+    assert all(p.requires_grad for p in own)
+    assert not any(p.requires_grad for p in value.parameters() if id(p) in theirs)
+    whole = sum(p.numel() for p in trunk.base.parameters())
+    a_block = sum(p.numel() for p in _block(trunk).parameters())
+    above = sum(p.numel() for p in own) - (2 if blocks == -1 else blocks) * a_block
+    assert (sum(p.numel() for p in own) == whole) if blocks == -1 else (0 <= above < a_block)
+    policy = trunk.hidden(TOKENS, REAL).detach()
+    optimiser = torch.optim.SGD(own, lr=0.05)
+    value.hidden(TOKENS, REAL).square().mean().backward()
+    optimiser.step()
+    assert torch.equal(trunk.hidden(TOKENS, REAL), policy)
+    assert not torch.equal(value.hidden(TOKENS, REAL), policy)
+    assert not any(p.grad is not None for p in trunk.parameters())
+
+
+def _block(trunk: Trunk) -> torch.nn.Module:
+    return block_stack(trunk)[-1]
+
+
+def test_a_value_branch_stands_on_frozen_blocks_alone(build):
+    trunk = Trunk(build("llama"), 60)
+    freeze_below(trunk, 2)
+    with pytest.raises(PalateError, match=r"value_blocks: 1 is less than unfrozen_blocks"):
+        branch(trunk, 1)
+    with pytest.raises(PalateError, match=r"value_blocks: 3 of 2 blocks"):
+        branch(trunk, 3)

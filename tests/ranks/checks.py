@@ -20,8 +20,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from palate.algorithms import dpo, kto
-from palate.batches import Examples, Experience, Labelled, Loss, Pairs, Rollouts, Scored, Tokens
+from palate.algorithms import dpo, ilql, kto
+from palate.batches import Examples, Experience, Labelled, Loss, Pairs, Rollouts, Scored, Tokens, Trajectories
 from palate.cast import Cast, Seat
 from palate.checkpoint import CheckpointStore
 from palate.engines.engine import Sampling
@@ -33,7 +33,7 @@ from palate.models.make import make
 from palate.models.save import Card, save
 from palate.parallel import World, joined, local, whole
 from palate.settings import NotFinite, PalateError
-from palate.step import Optimiser, Stepper
+from palate.step import Average, Job, Optimiser, Stepper
 
 HERE = Path(__file__).resolve().parent
 STRATEGIES = {"replicate": ("replicate", False), "zero2": ("zero2", False), "zero3": ("zero3", False)}
@@ -102,6 +102,28 @@ def weights_after_steps_are_those_of_one_rank(world: World, case: str, layout: s
             assert abs(one[name] - two[name]) <= 2e-6 * max(1.0, abs(one[name])), (name, one[name], two[name])
 
 
+def a_second_batch_an_average_and_a_moving_reference_are_those_of_one_rank(world: World, layout: str) -> None:
+    """Texts learnt beside the answers, the policy's moving average, a reference that follows it."""
+    texts, ends = Examples(*MICRO.rows(5, 14, 9, 4, 11)), list[dict[str, Tensor]]()
+    for where in (World(), world):
+        cast, batch, algorithm = MICRO.ppo_case(layout)
+        spread(cast, where)
+        average = Average(cast.parameters(("policy",)), 0.8)
+        walker = Stepper(cast.parameters(algorithm.trains), Optimiser(), where, average=average)
+        beside = Job(texts, lambda part, c=cast: MICRO.sft.Algorithm().loss(c, part), 2)
+        for _ in range(3):
+            walker.step(batch, lambda part, c=cast, a=algorithm: a.loss(c, part), 2, 1e-3, [beside])
+            cast.blend("policy", "reference", 0.5)
+        kept = {name: x.clone() for name, x in walker.state().items() if name.startswith("average/")}
+        with walker.averaged():
+            worn = {name: whole(p).clone() for name, p in cast.parameters(("policy",)).items()}
+        assert all(kept[f"average/{name}"].equal(x) for name, x in worn.items())
+        ends.append({**kept, **{n: whole(x).clone() for n, x in cast.state(algorithm.trains, ("reference",)).items()}})
+    assert ends[0].keys() == ends[1].keys()
+    for name, alone in ends[0].items():
+        close(ends[1][name], alone)
+
+
 def statistics_of_a_rollout_are_those_of_one_rank(world: World, layout: str) -> None:
     """Whitening, the KL that steers its coefficient, returns: the whole rollout's, on every rank."""
     cast = MICRO.cast_for(("policy", "reference", "value"), layout)
@@ -158,6 +180,24 @@ def the_kl_term_of_thumbs_is_that_of_one_rank(world: World) -> None:
     assert alone > 1e-3
     assert abs(alone - together) < 1e-5
     assert MICRO.distance(slope, other) < 1e-6
+
+
+def values_of_actions_are_those_of_one_rank(world: World, layout: str) -> None:
+    """Heads that are whole beside a trunk that may be sharded: weights and slow copies after steps and syncs."""
+    algorithm = ilql.Algorithm(alpha=0.5, steps_for_target_q_sync=2)
+    tokens, real, action = MICRO.rows(5, 14, 9, 4, 11)
+    batch = Trajectories(tokens, real, action, torch.randn(tokens.shape, generator=torch.Generator().manual_seed(3)))
+    ends: list[dict[str, Tensor]] = []
+    for where in (World(), world):
+        cast = spread(MICRO.cast_for((*algorithm.trains, *algorithm.moves), layout), where)
+        walker = stepper(cast, algorithm, where)
+        for step in range(1, 5):
+            walker.step(batch, lambda part, c=cast: algorithm.loss(c, part), 2, 1e-3)
+            algorithm.after(cast, step)
+        ends.append({n: whole(x).clone() for n, x in cast.state(algorithm.trains, algorithm.moves).items()})
+    assert ends[0].keys() == ends[1].keys()
+    for name, alone in ends[0].items():
+        close(ends[1][name], alone)
 
 
 def pairs_compared_across_the_batch_are_those_of_one_rank(world: World) -> None:
@@ -336,11 +376,20 @@ def checks(folder: Path) -> Iterator[tuple[str, Callable[[World], None]]]:
             yield f"{name}: gradients", lambda w, c=case, x=layout: gradients_are_those_of_one_rank(w, c, x)
             yield f"{name}: steps", lambda w, c=case, x=layout: weights_after_steps_are_those_of_one_rank(w, c, x)
     for strategy in STRATEGIES:
+        for layout in ("separate", "hydra"):
+            name = f"{strategy}: a second batch, an average, a moving reference, {layout}"
+            yield (
+                name,
+                lambda w, x=layout: a_second_batch_an_average_and_a_moving_reference_are_those_of_one_rank(w, x),
+            )
         for layout in LAYOUTS["ppo"]:
             name = f"{strategy}: statistics of a rollout, {layout}"
             yield name, lambda w, x=layout: statistics_of_a_rollout_are_those_of_one_rank(w, x)
         yield f"{strategy}: a term of the whole batch", a_term_of_the_whole_batch_is_that_of_one_rank
         yield f"{strategy}: the KL term of thumbs", the_kl_term_of_thumbs_is_that_of_one_rank
+        for layout in ("separate", "adapters"):
+            name = f"{strategy}: values of actions, {layout}"
+            yield name, lambda w, x=layout: values_of_actions_are_those_of_one_rank(w, x)
         yield f"{strategy}: pairs across the batch", pairs_compared_across_the_batch_are_those_of_one_rank
         yield f"{strategy}: shares", weights_are_spread
         yield f"{strategy}: one row", a_batch_smaller_than_the_world_is_no_special_case

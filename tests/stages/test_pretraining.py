@@ -258,6 +258,20 @@ def test_the_saved_model_is_the_average(models: tuple[Path, Path], tmp_path: Pat
     assert not tiny.equal(saved, plain)
 
 
+def test_training_on_data_at_rest_saves_the_average_too(models: tuple[Path, Path], tmp_path: Path) -> None:
+    model, texts = models
+    ends = []
+    for ema in (None, 0.999999, 1e-6):
+        given = tiny.sft(str(model), str(texts), ema=ema, num_train_epochs=1)
+        ends.append(tiny.weights(tiny.run(tmp_path, given, name=f"ema-{ema}") / "1-sft"))
+    plain, still, swift = ends
+    start = tiny.load_file(model / "model.safetensors")
+    for name in plain:
+        torch.testing.assert_close(still[name], start[name], rtol=0, atol=1e-6)
+        torch.testing.assert_close(swift[name], plain[name], rtol=0, atol=1e-6)
+    assert not all(torch.allclose(plain[name], start[name], atol=1e-4) for name in plain)
+
+
 def test_the_names_of_the_settings_are_told_apart() -> None:
     with pytest.raises(PalateError, match="mode"):
         build("stages", tiny.ppo("m", "p", pretraining={"data": "t", "coef": 1, "mode": "gamma"}), "stages.0")

@@ -58,6 +58,8 @@ class Stage(Choice):
     precompute_reference: bool = False
     """Compute the reference's log-probabilities of all rows once, before training, and keep them on disk; the
     reference then takes no memory."""
+    ema: float | None = Field(default=None, gt=0, lt=1)
+    """Decay per optimiser step of a moving average of the model, which is then what is saved."""
     group_by_length: bool = False
     """Draw rows of similar length into one batch: less padding, slightly less random order."""
     normalise: Normalise | None = None
@@ -83,11 +85,15 @@ class Stage(Choice):
         """Train, measure, save the model."""
         read = _rows.read(self.data, here)
         training = _guard.survive(here, lambda rate: _Training(self, here, read, rate))
+        with training.stepper.averaged():
+            self._keep(training)
+
+    def _keep(self, training: _Training) -> None:
         if self.normalise is not None and self.normalise.after:
             gain, bias = normalise(self.normalise, training.scale)
             training.last |= {"reward/gain": gain, "reward/bias": bias}
         role = training.algorithm.trains[0]
-        _seats.keep(here, training.cast, training.loaded, role, self, self.data.files(), training.last)
+        _seats.keep(training.here, training.cast, training.loaded, role, self, self.data.files(), training.last)
 
 
 class _Training:
@@ -119,12 +125,15 @@ class _Training:
         lengths = [_rows.length(row) for row in self.rows]
         self.order = Order(lengths, stage.batch_size, stage.group_by_length, (here.seed, stage.name))
         self.steps = stage.max_steps or self.order.per_epoch * stage.num_train_epochs
-        self.stepper = step.Stepper(trained, stage.optimiser, here.world, here.warn)
+        average = step.Average(self.cast.parameters((role,)), stage.ema) if stage.ema else None
+        self.stepper = step.Stepper(trained, stage.optimiser, here.world, here.warn, average)
         start = stage.model if isinstance(stage.model, str) else None
         self.scale = Scale(self.cast, self.loaded, start, train, stage.encoding, stage.loading, here)
         self._resume(rate)
         if stage.normalise is not None and stage.normalise.before and self.done == 0:
             normalise(stage.normalise, self.scale)
+            if average is not None:
+                average.begin()
 
     def _precompute(self, role: str) -> None:
         """Give every row the reference's log-probabilities, while the weights are still the start's."""
