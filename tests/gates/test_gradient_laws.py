@@ -17,7 +17,7 @@ from torch import Tensor
 from bench import mutants, tabular
 from bench.mutants import ALIKE, ZERO, apart, critic, group, random_policy
 from bench.tabular import Online, expected, expected_of_demonstrations, expected_of_pairs, expected_of_thumbs
-from palate.algorithms import cpo, dpo, grpo, kto, orpo, ppo, reinforce, rloo, sft, simpo
+from palate.algorithms import cpo, dpo, kto, orpo, ppo, reinforce, rloo, sft, simpo
 from palate.batches import Rollouts, Scored
 from palate.worlds import enumerable
 from palate.worlds.small import law, tree
