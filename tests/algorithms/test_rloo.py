@@ -82,6 +82,7 @@ def test_the_loss_against_loops(action: Any) -> None:
     mean = loss.metrics["policy/clipfrac_avg"]
     assert float(mean.total) == clipped
     assert mean.count == (8 if action == "sequence" else sum(cases.LENGTHS))
+    assert loss.metrics["val/ratio"].count == sum(cases.LENGTHS), "the ratio is told of tokens always"
 
 
 def test_at_ratio_one_both_actions_have_the_gradient_of_reinforce() -> None:

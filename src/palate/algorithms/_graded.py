@@ -192,18 +192,26 @@ def of_advantages(advantage_BT: Tensor, said_BT: Tensor) -> dict[str, float]:
     return {"advantages/mean": float(found_N.mean()), "advantages/var": float(found_N.var(correction=0))}
 
 
-def seen(change_N: Tensor, advantage_N: Tensor, entropy_N: Tensor, low: float, high: float) -> dict[str, Mean]:
-    """Metrics of one micro-batch from log-ratios (per token, or per answer where that is the action), detached."""
+def seen(change_N: Tensor, entropy_N: Tensor) -> dict[str, Mean]:
+    """Metrics of one micro-batch from the log-ratios and entropies of its answer tokens."""
+    change_N, count = change_N.detach(), float(change_N.numel())
+    ratio_N = losses.bounded(change_N, change_N).exp()
+    return {
+        "policy/approxkl_avg": Mean(0.5 * change_N.square().sum(), count),
+        "policy/entropy_avg": Mean(entropy_N.detach().sum(), count),
+        "val/ratio": Mean(ratio_N.sum(), count),
+        "val/ratio_var": Mean((ratio_N - 1.0).square().sum(), count),
+    }
+
+
+def clipped(change_N: Tensor, advantage_N: Tensor, low: float, high: float) -> dict[str, Mean]:
+    """Metrics of the clip, from log-ratios of what it is applied to: tokens, or answers where they are the action."""
     change_N, count = change_N.detach(), float(change_N.numel())
     ratio_N = losses.bounded(change_N, change_N).exp()
     below_N = (ratio_N < 1 - low) & (advantage_N < 0)
     above_N = (ratio_N > 1 + high) & (advantage_N > 0)
     return {
-        "policy/approxkl_avg": Mean(0.5 * change_N.square().sum(), count),
         "policy/clipfrac_avg": Mean((below_N | above_N).float().sum(), count),
         "clip_ratio/low_mean": Mean(below_N.float().sum(), count),
         "clip_ratio/high_mean": Mean(above_N.float().sum(), count),
-        "policy/entropy_avg": Mean(entropy_N.detach().sum(), float(entropy_N.numel())),
-        "val/ratio": Mean(ratio_N.sum(), count),
-        "val/ratio_var": Mean((ratio_N - 1.0).square().sum(), count),
     }

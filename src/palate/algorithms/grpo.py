@@ -13,7 +13,6 @@ from palate import credit, losses
 from palate.algorithms import _graded
 from palate.batches import Graded, Loss, Scored, Term
 from palate.cast import Cast
-from palate.losses import keep
 from palate.settings import Choice, PalateError
 
 
@@ -153,17 +152,19 @@ class Algorithm(Choice):
         """The surrogate, and where KL is a loss β times its estimate, each token weighed alike in both."""
         logp_BT, entropy_BT = cast.logp("policy", batch, batch.temperature, entropy=True)
         said, per = batch.action_BT, "tokens" if self.loss_type in ("dapo", "bnpo") else "rows"
-        change_BT = keep(logp_BT, said) - keep(batch.logp_BT, said)
+        logp_N, old_N, advantage_N, weight_N = (
+            x_BT[said] for x_BT in (logp_BT, batch.logp_BT, batch.advantage_BT, batch.weight_BT)
+        )
+        change_N = logp_N - old_N
         if self.importance_level == "sequence":
-            change_BT = losses.sequence_log_ratio(logp_BT, batch.logp_BT, said)
-        change_N, logp_N, weight_N = change_BT[said], logp_BT[said], batch.weight_BT[said]
-        policy_N = weight_N * self._surrogate(change_N, logp_N, batch.advantage_BT[said])
+            change_N = losses.sequence_log_ratio(logp_BT, batch.logp_BT, said)[said]
+        policy_N = weight_N * self._surrogate(change_N, logp_N, advantage_N)
         terms = {"loss/policy_avg": Term(policy_N.sum(), per)}
         if self.beta and self.kl_in == "loss":
-            kl_N = _graded.kl_loss(self.kl_estimator, logp_N, batch.logp_BT[said], batch.ref_logp_BT[said])
+            kl_N = _graded.kl_loss(self.kl_estimator, logp_N, old_N, batch.ref_logp_BT[said])
             terms["loss/kl_avg"] = Term((weight_N * kl_N).sum(), per, self.beta)
-        advantage_N, entropy_N = batch.advantage_BT[said], entropy_BT[said]
-        return Loss(terms, _graded.seen(change_N, advantage_N, entropy_N, self.below, self.above))
+        clipped = _graded.clipped(change_N, advantage_N, self.below, self.above)
+        return Loss(terms, {**_graded.seen(logp_N - old_N, entropy_BT[said]), **clipped})
 
     def after(self, cast: Cast, step: int) -> None:
         """Nothing moves by itself."""

@@ -116,7 +116,8 @@ class Algorithm(Choice):
         said = batch.action_BT
         logp_N, old_N, advantage_N = logp_BT[said], batch.logp_BT[said], batch.advantage_BT[said]
         policy_N = batch.weight_BT[said] * losses.clipped_surrogate(logp_N, old_N, advantage_N, self.cliprange)
-        metrics = _graded.seen(logp_N - old_N, advantage_N, entropy_BT[said], self.cliprange, self.cliprange)
+        clipped = _graded.clipped(logp_N - old_N, advantage_N, self.cliprange, self.cliprange)
+        metrics = {**_graded.seen(logp_N - old_N, entropy_BT[said]), **clipped}
         return Loss({"loss/policy_avg": Term(policy_N.sum(), "tokens")}, metrics)
 
     def after(self, cast: Cast, step: int) -> None:

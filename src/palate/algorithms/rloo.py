@@ -116,7 +116,8 @@ class Algorithm(Choice):
             change_N, advantage_N, weight_N = change_BT[said], batch.advantage_BT[said], batch.weight_BT[said]
         old_N = change_N.new_zeros(change_N.shape)
         policy_N = weight_N * losses.clipped_surrogate(change_N, old_N, advantage_N, self.cliprange)
-        metrics = _graded.seen(change_N, advantage_N, entropy_BT[said], self.cliprange, self.cliprange)
+        clipped = _graded.clipped(change_N, advantage_N, self.cliprange, self.cliprange)
+        metrics = {**_graded.seen(change_BT[said], entropy_BT[said]), **clipped}
         return Loss({"loss/policy_avg": Term(policy_N.sum(), "rows")}, metrics)
 
     def after(self, cast: Cast, step: int) -> None:

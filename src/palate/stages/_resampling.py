@@ -68,12 +68,9 @@ def _spread(scored: Scored, group: int) -> Tensor:
 
 
 def _together(rounds: Sequence[Round], pad: int) -> Round:
-    """All rounds as one; means of rewards are over all of them."""
+    """All rounds as one, prompts not yet numbered anew; means of rewards are over all of them."""
     prompts = [prompt for one in rounds for prompt in one.prompts]
     scored = _stacked([one.scored for one in rounds], pad)
-    starts = torch.tensor([0, *(len(one.prompts) for one in rounds)]).cumsum(0)
-    owner_B = torch.cat([r.scored.rollouts.prompt_B + int(s) for r, s in zip(rounds, starts, strict=False)])
-    scored = replace(scored, rollouts=replace(scored.rollouts, prompt_B=owner_B))
     return Round(scored, prompts, {**rounds[0].seen, **heard(scored.parts)}, len(rounds))
 
 
