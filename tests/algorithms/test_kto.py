@@ -76,6 +76,19 @@ def test_each_prompt_meets_the_next_rows_answer() -> None:
     assert not (found.action_BT & ~found.real_BT).any()
 
 
+def test_sabotaged_pairings_and_terms_are_told_apart() -> None:
+    """Reversed order meets its own answer, the other direction another one; a z of one kind or unclamped is not z."""
+    batch = thumbs(0, 2).select(torch.arange(5))
+    right = [written(mismatched(batch, 64), i)[1] for i in range(5)]
+    reverse = part_of("kto")["must_not"]["pairing_reverse_B5_has_fixed_point"]
+    assert reverse[2] == 2
+    for order in (reverse, [4, 0, 1, 2, 3], range(5)):
+        assert [written(batch, j)[1] for j in order] != right
+    gain, good = torch.tensor([2.0, -0.5, -1.25, 2.5, 0.0]), torch.tensor([True, False, True, False, False])
+    for wrong in (float(gain.mean()), float(gain[good].mean()), float(gain[~good].mean())):
+        assert abs(middle(gain, good) - wrong) > 1e-2
+
+
 def test_mixed_rows_are_cut_to_the_context_and_padding_does_not_matter() -> None:
     batch = thumbs(0)
     whole, cut = mismatched(batch, 64), mismatched(batch, 8)

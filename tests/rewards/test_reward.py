@@ -30,7 +30,7 @@ def shortness(prompts: list[str], completions: list[str]) -> list[float]:
 
 
 def test_every_kind_is_found_and_helpers_are_not() -> None:
-    assert kinds("rewards") == ["exact", "function", "gold", "length", "mixture", "model"]
+    assert kinds("rewards") == ["ensemble", "exact", "function", "gold", "length", "mixture", "model"]
 
 
 def test_prompts_and_columns_are_dealt_to_their_answers(answered: Answered, tokenizer: Tokenizer) -> None:
