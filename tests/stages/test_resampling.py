@@ -152,6 +152,22 @@ def test_stopped_or_killed_it_ends_as_if_it_had_not_been(
         assert ours == theirs, name
 
 
+def test_the_cursor_counts_every_batch_drawn_and_a_prompt_drawn_again_is_answered_anew(tmp_path: Path) -> None:
+    loop: Any = tiny_runs.online_loop(tmp_path / "stage", stage(tmp_path))
+    rounds = [loop._iteration(number)["sampling/rounds"] for number in (1, 2)]
+    assert loop.drawn == sum(rounds) > 2
+    answers: dict[str, list[Any]] = {}
+    for turn in range(5):  # 16 prompts in batches of 4: the fifth batch begins them once more
+        asked = loop._ask(3, turn)
+        rows = asked.scored.rollouts
+        for p, prompt in enumerate(asked.prompts):
+            said = rows.tokens_BT[rows.prompt_B == p][rows.action_BT[rows.prompt_B == p]]
+            answers.setdefault(prompt.key, []).append(said.tolist())
+    twice = [said for said in answers.values() if len(said) == 2]
+    assert twice
+    assert all(first != second for first, second in twice)
+
+
 def test_samples_of_a_rollout_are_those_that_were_kept(tmp_path: Path) -> None:
     """Prompt and answer stay together when groups of several rounds are put together."""
     folder = tiny_runs.run(tmp_path, stage(tmp_path, total_episodes=24, reward=_of_the_prompt)) / "1-ppo"
