@@ -25,6 +25,7 @@ from palate.settings import PalateError
 from palate.stages import _rows, _seats
 from palate.stages._judging import Judging
 from palate.stages._order import Order
+from palate.stages._pretraining import Mix
 from palate.stages.online import Stage
 from palate.step import Stepper
 from palate.workspace import Workspace
@@ -49,6 +50,8 @@ class _Setup:
     numbers: Online
     trained: bool
     """Whether the policy is what it will be, not a stand-in."""
+    mix: Mix | None
+    """Texts that are learnt beside the answers."""
 
     @property
     def algorithm(self) -> protocol.Online:
@@ -121,6 +124,7 @@ def _set_up(stage: Stage, here: Workspace, rehearsal: Rehearsal, gathered: Gathe
     if prompts is None:
         return None
     numbers = _numbers(stage, len(prompts))
+    mix = gathered.ask(Mix.of, stage.pretraining, policy, stage.name, here)
     setup = _Setup(
         stage,
         here,
@@ -133,6 +137,7 @@ def _set_up(stage: Stage, here: Workspace, rehearsal: Rehearsal, gathered: Gathe
         prompts,
         numbers,
         rehearsal.is_trained(stage.model),
+        mix,
     )
     _judge(setup, gathered)
     return setup
@@ -196,6 +201,8 @@ def _rules(setup: _Setup) -> list[str]:
             f"before it is scored an answer is cut after {stage.truncation.token!r} "
             f"at place {stage.truncation.after} or later; {trained} is trained"
         )
+    if setup.mix is not None:
+        said.append(setup.mix.rule)
     return said + [judges.rule(label, judge, setup.policy) for label, judge in setup.judges]
 
 
@@ -224,6 +231,7 @@ def _with_cost(seen: Seen, setup: _Setup, seconds: float, measure: bool, gathere
     stage, here, algorithm = setup.stage, setup.here, setup.algorithm
     cast = _seats.online_cast(setup.policy, setup.value, stage.layout, algorithm, key(here.seed, stage.name), here)
     parameters, held = memory.of_cast(cast, algorithm.trains, [judge for _, judge in setup.judges])
+    held |= memory.of_average(cast, "policy", stage.ema)
     if not measure:
         return replace(seen, memory=memory.memory(parameters, held, "counted; nothing was measured (--quick)"))
     judging = Judging(
@@ -258,14 +266,16 @@ def _with_cost(seen: Seen, setup: _Setup, seconds: float, measure: bool, gathere
 def _time(setup: _Setup, cast: Cast, done: Rehearsed, seconds: float) -> Time:
     stage, numbers = setup.stage, setup.numbers
     stepper = Stepper(cast.parameters(setup.algorithm.trains), stage.optimiser, setup.here.world)
-    step = clock.of_step(stepper, done.experience, done.loss(cast), stage.microbatch_size, numbers.minibatch)
-    share = numbers.rollouts * numbers.rollout / done.experience.size
+    learnt, written = done.experience.size, done.rollouts.size  # pairs and chosen answers are fewer than the answers
+    rows = max(1, round(numbers.minibatch * learnt / written))
+    step = clock.of_step(stepper, done.experience, done.loss(cast), stage.microbatch_size, rows)
+    share = numbers.rollouts * numbers.rollout / written
     longer = stage.sampling.max_new_tokens / min(stage.sampling.max_new_tokens, LONGEST)
     spent = {"setting up": seconds}
     spent |= {part: taken * share * longer for part, taken in done.seconds.items()}
     spent["optimiser steps"] = step * longer * numbers.rollouts * numbers.passes * numbers.minibatches
     basis = (
-        f"{done.experience.size:,} answers of {done.length:.0f} tokens on average were written, scored and learnt from "
+        f"{written:,} answers of {done.length:.0f} tokens on average were written, scored and learnt from "
         f"once, × {share:,.0f}"
     )
     untrained = "" if setup.trained else "; the policy is not trained yet, and a trained one may end its answers sooner"

@@ -36,6 +36,11 @@ def of_cast(cast: Cast, trains: Sequence[str], others: Iterable[Loaded] = ()) ->
     return parameters, held
 
 
+def of_average(cast: Cast, role: str, decay: float | None) -> dict[str, int]:
+    """Bytes of a moving average of the role's trained weights, by use; nothing where none is kept."""
+    return {} if decay is None else {"moving average": _bytes(cast.parameters((role,)).values())}
+
+
 def _of_seat(trunk: Trunk, head: nn.Module | None) -> list[nn.Parameter]:
     return [*trunk.parameters(), *(head.parameters() if head is not None else ())]
 

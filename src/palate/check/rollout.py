@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -148,5 +148,7 @@ def rehearse(
     (scored, _), measuring = clock.timed(lambda: _greedy.with_baseline(scored, prompts, algorithm, engine, judging))
     with torch.no_grad():
         experience, preparing = clock.timed(lambda: algorithm.prepare(cast, scored))
+    if isinstance(algorithm, protocol.Rests):  # what a usual rollout costs, not one that the policy rests in
+        experience = replace(experience, memory={})
     seconds = {"writing answers": writing, "scoring": scoring + measuring, "references and values": preparing}
     return Rehearsed(stage, prompts, scored.rollouts, experience, seconds)

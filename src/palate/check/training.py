@@ -195,6 +195,7 @@ def _cost(setup: _Setup, seconds: float, measure: bool) -> tuple[Memory, Time | 
     stage, algorithm = setup.stage, setup.algorithm
     cast = _seats.offline_cast(setup.loaded, stage.layout, algorithm, key(setup.here.seed, stage.name), setup.here)
     parameters, held = memory.of_cast(cast, algorithm.trains)
+    held |= memory.of_average(cast, algorithm.trains[0], stage.ema)
     if not measure:
         return memory.memory(parameters, held, "counted; activations were not measured (--quick)"), None
     typical, longest = _two_batches(setup)

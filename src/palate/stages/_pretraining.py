@@ -64,6 +64,16 @@ class Mix:
             raise PalateError(f"pretraining.data: {fault}") from None
         return cls(settings, rows, speaker.pad, (here.seed, stage, "pretraining"))
 
+    @property
+    def rule(self) -> str:
+        """What is done, in a sentence."""
+        given, rows = self.settings, len(self.rows)
+        objective = "the objective" if given.mode == "add" else f"{1 - given.coef:g} × the objective"
+        return (
+            f"beside each step's answers {given.batch_size:,} of {rows:,} texts are learnt, each once in "
+            f"{rows / given.batch_size:,.1f} steps: {objective} + {given.coef:g} × their −log p per token"
+        )
+
     def drawn(self, step: int) -> list[int]:
         """The rows of optimiser step `step` (from 0) of the stage: a stream in which each epoch holds each row once.
 
