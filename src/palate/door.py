@@ -64,8 +64,10 @@ class Trained:
         listed = [prompts] if isinstance(prompts, str) else list(prompts)
         longest = {"max_new_tokens": min(self._sampling.max_new_tokens, max(self.loaded.trunk.context // 2, 1))}
         how = parse(Sampling, {**self._sampling.model_dump(), **longest, **sampling}, "sampling")
-        steering = parse(Steering, {"beta": float(beta), "legal_bigrams": tuple(legal_bigrams)}, "steering")
-        steer = Steer(self.loaded.trunk, self.loaded.heads, float(beta), steering.legal_bigrams)
+        steering = parse(Steering, {"beta": beta, "legal_bigrams": legal_bigrams}, "steering")
+        if len(steering.betas) != 1:
+            raise PalateError("steering.beta: one at a time here; the evaluate stage takes a list.")
+        steer = Steer(self.loaded.trunk, self.loaded.heads, steering.betas[0], steering.legal_bigrams)
         return answers(self.loaded, [_text(p) for p in listed], how, seed, greedy, steer)
 
     def save_pretrained(self, folder: str | Path) -> Path:

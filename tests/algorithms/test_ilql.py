@@ -411,6 +411,9 @@ def test_from_rated_rows_to_steered_answers(tmp_path: Path, place: tuple[Path, P
     plain, steered = (loaded.generate(tiny.PROMPTS, beta=beta, max_new_tokens=8) for beta in (0, 30))
     assert plain == loaded.generate(tiny.PROMPTS, max_new_tokens=8)
     assert steered != plain
+    for bad, said in (("much", "steering.beta"), ([1, 2], "one at a time")):
+        with pytest.raises(PalateError, match=said):
+            loaded.generate(tiny.PROMPTS, beta=bad)  # type: ignore[arg-type]
 
 
 def _vowels() -> dict[str, Any]:
