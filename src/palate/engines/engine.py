@@ -33,13 +33,18 @@ class Sampling(Settings):
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end an answer beside the tokenizer's EOS; the token stays in the answer, as EOS does."""
 
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer. Their tokens stay in the answer that is trained; rewards and people do not see them."""
+
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Self:
         if self.min_new_tokens > self.max_new_tokens:
             raise ValueError(f"min_new_tokens {self.min_new_tokens} is above max_new_tokens {self.max_new_tokens}")
-        if self.fixed_length and (self.stop_token_ids or self.min_new_tokens):
+        if "" in self.stop:
+            raise ValueError("stop: an empty text would end every answer at once. Take it out")
+        if self.fixed_length and (self.stop_token_ids or self.stop or self.min_new_tokens):
             raise ValueError(
-                "fixed_length never stops, so stop_token_ids and min_new_tokens have no effect: remove one "
+                "fixed_length never stops, so stop_token_ids, stop and min_new_tokens have no effect: remove one "
                 "side. To cut fixed-length answers before they are scored, set truncate_token"
             )
         return self
