@@ -22,7 +22,7 @@ from tests.losses.golden import DTYPES, GOLDEN, close, gradient, group, tensor
 ELSEWHERE = {
     "elo_bradley_terry": "tests/judges/test_ratings.py",
     "constitutional_ai": "later: feedback from AI; its loss is in tests/losses",
-    "rft": "later: rejection sampling",
+    "rft": "tests/algorithms/test_best_of_n.py",
     "llava_rlhf_reward": "later: vision rewards",
     "mmhal": "later: vision evaluation",
     "object_halbench": "later: vision evaluation",

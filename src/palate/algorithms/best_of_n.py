@@ -104,7 +104,7 @@ class Algorithm(Choice):
                 **_graded.of_groups(earned_B, self.group),
                 "kept/scores": float(earned_B[kept_R].mean()),
                 "kept/share": len(kept_R) / len(earned_B),
-                "kept/share_last": float(last_B.float().mean()),
+                "kept/share_last": float(last_B.double().mean()),
             },
         )
 
