@@ -209,9 +209,9 @@ def table(home: Path) -> str:
     seeds = max(len(f) for _, f in rows)
     before = mean(o["gold_before"] for _, f in rows for o in f)
     lines = [
-        f"True utility of the SFT model: {before:.2f}. Mean of {seeds} seeds ± standard error; `python -m bench.methods`.",
+        f"True utility of the SFT model: {before:.2f}. Mean ± error of {seeds} seeds, `python -m bench.methods`:",
         "",
-        "| method | true utility | wins over SFT | reward model | KL, nats | facts covered | invented | tokens | time, s |",
+        "| method | true utility | wins over SFT | reward model | KL, nats | covered | invented | tokens | time, s |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, outcomes in rows:

@@ -51,7 +51,7 @@ def _dpo(least: float | None, rate: float = 3e-4, **settings: Any) -> Method:
 
 
 _RATED = {"path": f"{WORLD}/rated", "rows": 1000}
-_ILQL = {"kind": "ilql", "beta": 0.0}
+_ILQL = {"kind": "ilql", "beta": 0.0, "tau": 0.8, "alpha": 0.1}
 _PPO = {"kind": "ppo", "num_ppo_epochs": 4, "num_mini_batches": 1, "vf_coef": 1.0}
 
 METHODS: dict[str, Method] = {
@@ -112,13 +112,22 @@ def teach(home: Path, name: str, seed: int) -> Walked:
         taught = _online(home, slug, method, seed)
     else:
         taught = _offline(home, slug, method, seed)
-    seconds = time.perf_counter() - started
-    more = {"beta": method.decode} if method.decode else {}
+    return _walked(taught, seed, time.perf_counter() - started, method.decode)
+
+
+def imitated(home: Path, seed: int) -> Walked:
+    """How the start itself walks."""
+    return _walked(imitator(home, seed), seed, 0.0)
+
+
+def _walked(taught: palate.Trained, seed: int, seconds: float, beta: float = 0.0) -> Walked:
+    more = {"beta": beta} if beta else {}
     sampled = [value for k in range(SAMPLES) for value in _walk(taught, seed=1000 * seed + k, **more)]
+    greedy = _walk(taught, greedy=True, **more)
     last = taught.metrics[-1]
     return Walked(
         sampled=sum(sampled) / len(sampled),
-        greedy=sum(found := _walk(taught, greedy=True, **more)) / len(found),
+        greedy=sum(greedy) / len(greedy),
         invalid=sum(value == 0 for value in sampled) / len(sampled),
         accuracy=last.get("rewards/accuracies"),
         change=last.get("logps/chosen_change"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,11 +53,30 @@ def methods() -> dict[str, Method]:
         for node in _parsed(path).body:
             if isinstance(node, ast.ClassDef) and node.name == "Algorithm":
                 named = {n.target.id: n.value for n in node.body if isinstance(n, ast.AnnAssign) and _is_name(n.target)}
-                reads = named.get("reads")
-                text = reads.value if isinstance(reads, ast.Constant) else "data"
                 stage = "online" if "learns" in named else "train"
-                found[path.stem] = Method(path.stem, _first_line(node), stage, str(text))
+                found[path.stem] = Method(path.stem, _first_line(node), stage, _reads(node, named))
     return found
+
+
+def _reads(node: ast.ClassDef, named: Mapping[str, ast.expr | None]) -> str:
+    """The records an algorithm reads; each of them where a setting decides which."""
+    decides = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "reads"]
+    said = [named.get("reads"), *(n.value for d in decides for n in ast.walk(d) if isinstance(n, ast.Return))]
+    texts = [_outcomes(value) for value in said if value is not None]
+    return " or ".join(dict.fromkeys(text for found in texts for text in found))
+
+
+def _outcomes(value: ast.expr) -> list[str]:
+    """The texts that an expression may come to: not what it compares with, nor what it looks up by."""
+    if isinstance(value, ast.Constant):
+        return [str(value.value)]
+    if isinstance(value, ast.IfExp):
+        return [*_outcomes(value.body), *_outcomes(value.orelse)]
+    if isinstance(value, ast.Dict):
+        return [text for one in value.values for text in _outcomes(one)]
+    if isinstance(value, ast.Call) and isinstance(value.func, ast.Attribute):
+        return [*_outcomes(value.args[-1]), *_outcomes(value.func.value)]
+    return []
 
 
 def _is_name(node: ast.expr) -> TypeGuard[ast.Name]:
@@ -106,7 +126,7 @@ def _parsed(path: Path) -> ast.Module:
 def _first_line(node: ast.Module | ast.ClassDef) -> str:
     """The first sentence of a docstring, which may run over two lines."""
     text = " ".join((ast.get_docstring(node) or "").partition("\n\n")[0].split())
-    return text.partition(". ")[0].rstrip(".") + "." if text else ""
+    return re.split(r"(?<!et al)\. ", text)[0].rstrip(".") + "." if text else ""
 
 
 def _first_comment(path: Path) -> str:

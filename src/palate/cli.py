@@ -7,6 +7,7 @@ import functools
 import json
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -200,7 +201,7 @@ def _method_verb(method: Method) -> None:
     """The verb of one algorithm: a run of one stage."""
     online = method.stage == "online"
     needs = "model=, reward= and prompts=" if online else f"model= and data= ({method.reads})"
-    given = f"data={_FILES.get(method.reads, 'data.jsonl')}"
+    given = f"data={_FILES.get(method.reads.partition(' ')[0], 'data.jsonl')}"
     if online:
         given = "reward=runs/reward/1-reward/model prompts=prompts.jsonl"
     model = "gpt2" if method.name == "sft" else "runs/sft/1-sft/model"

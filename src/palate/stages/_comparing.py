@@ -68,7 +68,8 @@ def describe(world: str | None, prompts: Sequence[str], completions: Sequence[st
     """What a world says of answers to its prompts; nothing without a world."""
     if world is None:
         return {}
-    return import_module(f"palate.worlds.{world}").describe(list(zip(prompts, completions, strict=True)))
+    told = getattr(import_module(f"palate.worlds.{world}"), "describe", None)  # not every world has parts to tell of
+    return told(list(zip(prompts, completions, strict=True))) if told else {}
 
 
 def ceiling(data: Data, rankings: Sequence[Ranking]) -> float | None:
