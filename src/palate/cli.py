@@ -216,9 +216,9 @@ def _method_verb(method: Method) -> None:
         f"  palate {method.name} --config {method.name}.yaml --name first\n"
     )
     words = click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="[key=value ...]")
-    main.command(method.name, cls=_StageVerb, stage=method.stage, algorithm=method.name, context_settings=_SETTINGS)(
-        words(_told(verb))
-    )
+    short = textwrap.shorten(method.meaning, 64, placeholder=" …")
+    what: dict[str, Any] = {"stage": method.stage, "algorithm": method.name}
+    main.command(method.name, cls=_StageVerb, short_help=short, context_settings=_SETTINGS, **what)(words(_told(verb)))
 
 
 for _method in sorted(methods().values(), key=lambda m: (m.name != "sft", m.stage == "online", m.name)):
