@@ -29,6 +29,11 @@ def test_a_setting_finds_its_place(name: str, place: str) -> None:
     assert PPO.place(name) == place
 
 
+def test_a_name_from_elsewhere_finds_the_algorithm() -> None:
+    assert OneStage("train", "dpo", "dpo").place("rpo_alpha=1") == "stages.0.algorithm.rpo_alpha=1"
+    assert OneStage("train", "simpo", "simpo").place("simpo_gamma=1") == "stages.0.algorithm.simpo_gamma=1"
+
+
 def test_a_setting_that_is_nowhere_gets_the_nearest() -> None:
     with pytest.raises(PalateError, match=r"there is no setting 'kl_ceof'\. Did you mean 'kl_coef'\?"):
         PPO.place("kl_ceof")

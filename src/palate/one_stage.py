@@ -46,7 +46,7 @@ class OneStage:
         stage = settings.find("stages", self.kind)
         if first in stage.model_fields:
             return f"{STAGE}.{name}"
-        if self.algorithm is not None and first in self._algorithm().model_fields:
+        if self.algorithm is not None and first in self._known_to_the_algorithm():
             return f"{STAGE}.algorithm.{name}"
         owners = [group for group, cls in _groups(stage) if first in cls.model_fields]
         if len(owners) == 1:
@@ -66,6 +66,11 @@ class OneStage:
             yield from (name for name in self._algorithm().model_fields if name != "kind")
         for _, group in _groups(stage):
             yield from group.model_fields
+
+    def _known_to_the_algorithm(self) -> set[str]:
+        """The names of its settings, and those that it understands because users bring them from elsewhere."""
+        cls = self._algorithm()
+        return {*cls.model_fields, *getattr(cls, "other_names", {})}
 
     def _algorithm(self) -> type[Settings]:
         assert self.algorithm is not None

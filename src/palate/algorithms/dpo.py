@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,6 +22,7 @@ class Algorithm(Choice):
 
     trains: ClassVar[tuple[str, ...]] = ("policy",)
     reads: ClassVar[str] = "pairs"
+    other_names: ClassVar[Mapping[str, str]] = _pair_losses.NAMES
 
     kind: str = "dpo"
     """Direct preference optimisation."""
@@ -66,7 +67,7 @@ class Algorithm(Choice):
     @model_validator(mode="before")
     @classmethod
     def _know_other_names(cls, given: Any) -> Any:
-        return _pairs.in_our_words(given, _pair_losses.NAMES)
+        return _pairs.in_our_words(given, cls.other_names)
 
     @field_validator("f_divergence", mode="before")
     @classmethod

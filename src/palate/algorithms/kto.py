@@ -45,6 +45,16 @@ class Algorithm(Choice):
     forward_batch_size: int = Field(default=16, ge=1)
     """Rows of one forward pass without gradient; changes memory, never the result."""
 
+    @property
+    def rereads(self) -> str:
+        """Why the KL term takes the reference itself; nothing without that term."""
+        if self.loss_type != "kto":
+            return ""
+        return (
+            "the KL term reads prompts with other rows' answers, a new mixture in each batch, so the reference has to "
+            "be there. Leave the setting out, or take loss_type bco or apo_zero_unpaired."
+        )
+
     def survey(self, rows: Sequence[Any]) -> Sequence[Any]:
         """Refuse data with one kind of label alone; warn where the two kinds do not weigh about the same."""
         up = sum(row.label for row in rows)
@@ -72,12 +82,8 @@ class Algorithm(Choice):
                 "algorithm: a batch of one row has no other row to compare with. Take a batch_size of 2 or more; "
                 "a held-out share of one row is too small, too."
             )
-        if self.loss_type == "kto" and raw.ref_logp_BT is not None:
-            raise PalateError(
-                "precompute_reference: the KL term reads prompts with other rows' answers, a new mixture in each "
-                "batch, so the reference has to be there. Leave the setting out, or take loss_type bco or "
-                "apo_zero_unpaired."
-            )
+        if self.rereads and raw.ref_logp_BT is not None:
+            raise PalateError(f"precompute_reference: {self.rereads}")
         known_BT = raw.ref_logp_BT
         if known_BT is None:
             known_BT = self._say(cast, "reference", raw)

@@ -124,6 +124,16 @@ class Rests(Protocol):
 
 
 @runtime_checkable
+class Rereads(Protocol):
+    """An offline algorithm that may read to the reference what no row holds, so that the role has to be played."""
+
+    @property
+    def rereads(self) -> str:
+        """Why it cannot do with the reference's log-probabilities of the rows alone; empty where it can."""
+        ...
+
+
+@runtime_checkable
 class Warns(Protocol):
     """An algorithm some of whose settings are allowed and yet rarely what one wants."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
@@ -23,6 +23,7 @@ class Algorithm(Choice):
     moves: ClassVar[tuple[str, ...]] = ()
     needs: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[str] = "pairs"
+    other_names: ClassVar[Mapping[str, str]] = _NAMES
 
     kind: str = "simpo"
     """Simple preference optimisation."""
@@ -40,7 +41,7 @@ class Algorithm(Choice):
     @model_validator(mode="before")
     @classmethod
     def _know_other_names(cls, given: Any) -> Any:
-        return _pairs.in_our_words(given, _NAMES)
+        return _pairs.in_our_words(given, cls.other_names)
 
     @model_validator(mode="after")
     def _one_margin(self) -> Algorithm:

@@ -17,7 +17,7 @@ from palate.data.encode import (
     each,
 )
 from palate.data.segments import Speaker
-from palate.records import Correction, Demonstration, Ranking, Rated, Record, Unpaired
+from palate.records import Correction, Demonstration, Ranking, Rated, Record, Text, Unpaired
 from palate.settings import PalateError
 
 
@@ -83,11 +83,27 @@ def encode_pairs(
         pairs = record.pairs
         if not pairs:
             raise LeftOut("rankings whose answers all tie")
+        for i, name in enumerate(_titles(record)):
+            _require_words(record, name, record.completions[i])
         sure = 1.0 if record.probability is None else record.probability
         return [PairRow(ranked.rows[i], ranked.rows[j], sure, record.margin) for i, j in pairs]
 
     found = each(records, one)
     return Encoded([pair for pairs in found.rows for pair in pairs], found.left_out)
+
+
+def _titles(record: Ranking) -> list[str]:
+    """What each answer of a ranking is called to people."""
+    if record.pairs == [(0, 1)] and len(record.completions) == 2:
+        return ["the chosen answer", "the rejected answer"]
+    return [f"answer {i}" for i in range(len(record.completions))]
+
+
+def _require_words(record: Record, name: str, said: Text) -> None:
+    """Refuse an answer that says nothing; one stored as tokens is looked at elsewhere."""
+    words = said if isinstance(said, str) else "".join(turn.content for turn in said)
+    if "completion_tokens" not in record.columns and not words.strip():
+        raise PalateError(f"{name} is empty, so it teaches nothing. Remove the row; `palate data check` counts them.")
 
 
 def encode_labels(
@@ -100,9 +116,12 @@ def encode_labels(
         if isinstance(record, Ranking) and len(record.pairs) == 1:
             ((good, bad),) = record.pairs
             rows = encoder.ranking(record).rows
+            for i, name in enumerate(_titles(record)):
+                _require_words(record, name, record.completions[i])
             return [LabelRow(rows[good], True), LabelRow(rows[bad], False)]
         if not isinstance(record, Unpaired):
             raise PalateError(f"expected answers with labels, got {called(record)}. Name data of another format.")
+        _require_words(record, "the answer", record.completion)
         return [LabelRow(encoder.answer(record.prompt, record.completion), record.label)]
 
     found = each(records, one)
@@ -118,6 +137,7 @@ def encode_returns(
     def one(record: Record) -> RatedRow:
         if not isinstance(record, Rated):
             raise PalateError(f"expected answers with ratings, got {called(record)}. Name data of another format.")
+        _require_words(record, "the answer", record.completion)
         said = Demonstration(record.prompt, record.columns, record.group, completion=record.completion)
         return RatedRow(encoder.demonstration(said), record.rating)
 
@@ -140,6 +160,8 @@ def encode_corrections(
 
     def one(record: Record) -> PairRow:
         told = _as_correction(record)
+        _require_words(record, "the corrected answer", told.corrected)
+        _require_words(record, "the original answer", told.original)
         chosen = encoder.answer(told.prompt, told.corrected)
         rejected = encoder.answer(told.prompt, told.original)
         marks, others = changed(chosen, rejected, insertions)

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 
 from palate import step
-from palate.algorithms.protocol import Offline
+from palate.algorithms.protocol import Offline, Rereads
 from palate.batches import Rows
 from palate.cast import Layout
 from palate.data.encode import Encoding
@@ -139,6 +139,8 @@ class _Training:
         """Give every row the reference's log-probabilities, while the weights are still the start's."""
         if "reference" not in self.algorithm.needs or "reference" in self.algorithm.moves:
             raise PalateError("precompute_reference: this algorithm has no fixed reference. Leave the setting out.")
+        if isinstance(self.algorithm, Rereads) and self.algorithm.rereads:
+            raise PalateError(f"precompute_reference: {self.algorithm.rereads}")
         rows = [*self.rows, *self.held]
         pad, size = self.loaded.tokenizer.pad, self.stage.microbatch_size
         found = _reference.known(rows, self.cast, role, pad, size, self.here)

@@ -31,7 +31,13 @@ def alike(row: Row, prompt: Text, answers: Sequence[Text]) -> tuple[Text, list[T
         return prompt, list(answers)
     turns = user(prompt) if isinstance(prompt, str) else prompt
     spoken = [assistant(a) if isinstance(a, str) else a for a in answers]
-    if turns and all(a[: len(turns)] == turns and len(a) > len(turns) for a in spoken):
+    begins = [bool(turns) and a[: len(turns)] == turns and len(a) > len(turns) for a in spoken]
+    if any(begins):
+        if not all(begins):
+            told = (
+                f"answer {begins.index(True)} begins with the prompt's turns and answer {begins.index(False)} does not"
+            )
+            raise row.fault("prompt", told, "Give the turns after the prompt alone, or the prompt in every answer")
         spoken = [a[len(turns) :] for a in spoken]
     for answer in spoken:
         ends_with_assistant(row, answer)
@@ -66,7 +72,11 @@ def implicit_prompt(row: Row, chosen: Text, rejected: Text) -> tuple[Text, Text,
     right = assistant(rejected) if isinstance(rejected, str) else rejected
     ends_with_assistant(row, left)
     ends_with_assistant(row, right)
-    return shared_turns(left, right)
+    prompt, *rest = shared_turns(left, right)
+    if not prompt and max(len(left), len(right)) > 1:
+        told = "the two conversations share no turn, so there is no prompt that both answer"
+        raise row.fault("chosen/rejected", told, "Both must begin alike; mend or remove the row")
+    return prompt, rest[0], rest[1]
 
 
 Turns = tuple[Message, ...]
