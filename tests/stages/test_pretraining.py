@@ -206,6 +206,20 @@ def stopped_equals_whole(folder: Path, given: dict[str, Any], step: int) -> bool
     return rows[0] == rows[1] and tiny.equal(tiny.weights(whole), tiny.weights(again))
 
 
+def test_a_stage_draws_a_batch_of_texts_for_each_of_its_steps(models: tuple[Path, Path], tmp_path: Path) -> None:
+    model, texts = models
+    mix = {"data": str(texts), "coef": 0.5, "batch_size": 4}
+    given = stage(model, tmp_path / "prompts.jsonl", pretraining=mix, total_episodes=16)
+    loop, steps = tiny.online_loop(tmp_path / "loop", given), list[int]()
+    assert loop.mix is not None
+    job = loop.mix.job
+    loop.mix.job = lambda cast, step, rows: (steps.append(step), job(cast, step, rows))[1]  # type: ignore[method-assign]
+    loop.go()
+    assert steps == list(range(8)), "two rollouts of four steps"
+    seen = Counter(row for step in steps for row in loop.mix.drawn(step))
+    assert set(seen.values()) == {2}, "32 of 16 texts: two epochs"
+
+
 def test_data_without_a_token_to_learn_is_refused(models: tuple[Path, Path], tmp_path: Path) -> None:
     model, _ = models
     empty = tmp_path / "empty.jsonl"
