@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+import palate
 from palate.cli import main
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "golden" / "losses.json").read_text())["elo_bradley_terry"]
@@ -90,6 +91,31 @@ def test_an_undefeated_player_is_told(tmp_path: Path) -> None:
     refused = rank(str(tmp_path / "votes.csv"), "--pseudo-wins", "0")
     assert (refused.exit_code, refused.stdout) == (2, "")
     assert "no finite maximum" in refused.stderr
+
+
+def test_an_export_teaches_a_reward_model(tmp_path: Path) -> None:
+    """Votes to ratings to targets to a reward model that puts the players' answers in the order of their ratings."""
+    said = {"ana": " yes.", "bob": " no no.", "cy": " perhaps not."}
+    games = [("ana", "bob"), ("ana", "cy"), ("bob", "cy"), ("ana", "bob"), ("cy", "bob")]
+    rows = [
+        {"prompt": f"ask {i}:", "completions": [said[a], said[b]], "ranks": [0, 1], "players": [a, b]}
+        for i in range(8)
+        for a, b in games
+    ]
+    votes, targets = tmp_path / "votes.jsonl", tmp_path / "rated.jsonl"
+    votes.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert rank(str(votes), "--export", str(targets)).exit_code == 0
+    taught = palate.reward(
+        {"hidden_size": 32, "layers": 1, "heads": 2, "vocabulary": 300, "context": 64},
+        str(targets),
+        loss_type="regression",
+        output_dir=str(tmp_path / "runs"),
+        num_train_epochs=8,
+        batch_size=8,
+        learning_rate=1e-2,
+    )
+    assert taught.metrics[-1]["loss"] < 0.1  # targets have variance 1
+    assert taught.metrics[0]["loss"] > taught.metrics[-1]["loss"]
 
 
 def test_an_export_is_read_as_ratings(ranked: Path, tmp_path: Path) -> None:
