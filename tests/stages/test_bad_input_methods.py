@@ -62,6 +62,7 @@ FILES: dict[str, list[dict[str, Any]]] = {
     "apart_talk": [
         {"chosen": talk(p, "yes"), "rejected": talk("Another?" if i == ODD else p, "no")} for i, p in enumerate(PROMPTS)
     ],
+    "apart_text": rows(IMPLICIT, rejected="Another? no"),
     "half_repeated": [
         {
             "prompt": talk(p, "")[:1],
@@ -130,6 +131,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         f"dpo {TRAIN} data=apart_talk.jsonl",
         "apart_talk.jsonl:3: chosen/rejected: the two conversations share no turn, so there is no prompt that both "
         "answer. Both must begin alike; mend or remove the row.",
+    ),
+    "texts of two prompts": (
+        f"dpo {TRAIN} data=apart_text.jsonl shuffle=false",
+        "record 2 ('Number 2: yes'): its answers share no prompt, as in 1 of 8 records.",
     ),
     "a prompt that one answer repeats": (
         f"dpo {TRAIN} data=half_repeated.jsonl",

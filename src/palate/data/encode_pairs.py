@@ -17,7 +17,7 @@ from palate.data.encode import (
     each,
 )
 from palate.data.segments import Speaker
-from palate.records import Correction, Demonstration, Ranking, Rated, Record, Text, Unpaired
+from palate.records import Correction, Demonstration, Ranking, Rated, Record, Text, Unpaired, text_of
 from palate.settings import PalateError
 
 
@@ -88,8 +88,25 @@ def encode_pairs(
         sure = 1.0 if record.probability is None else record.probability
         return [PairRow(ranked.rows[i], ranked.rows[j], sure, record.margin) for i, j in pairs]
 
-    found = each(records, one)
+    given = list(records)
+    _require_prompts(given)
+    found = each(given, one)
     return Encoded([pair for pairs in found.rows for pair in pairs], found.left_out)
+
+
+def _require_prompts(records: Sequence[Record]) -> None:
+    """Refuse records whose answers share no beginning among others that have a prompt: two texts about two things.
+
+    Where no record has a prompt there is none to be had, and answers of one text are told apart elsewhere.
+    """
+    told = [(n, r) for n, r in enumerate(records) if isinstance(r, Ranking) and "prompt_tokens" not in r.columns]
+    bare = [(n, r) for n, r in told if not r.prompt and len(set(r.completions)) > 1]
+    if bare and len(bare) < len(told):
+        number, first = bare[0]
+        raise PalateError(
+            f"record {number} ({text_of(first.completions[0])[:40]!r}): its answers share no prompt, as in {len(bare):,} "
+            f"of {len(told):,} records. Both must begin alike; mend or remove such rows."
+        )
 
 
 def _titles(record: Ranking) -> list[str]:
