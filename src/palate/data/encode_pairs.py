@@ -104,8 +104,8 @@ def _require_prompts(records: Sequence[Record]) -> None:
     if bare and len(bare) < len(told):
         number, first = bare[0]
         raise PalateError(
-            f"record {number} ({text_of(first.completions[0])[:40]!r}): its answers share no prompt, as in {len(bare):,} "
-            f"of {len(told):,} records. Both must begin alike; mend or remove such rows."
+            f"record {number} ({text_of(first.completions[0])[:40]!r}): its answers share no prompt, as in "
+            f"{len(bare):,} of {len(told):,} records. Both must begin alike; mend or remove such rows."
         )
 
 
