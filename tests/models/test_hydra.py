@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from palate.models.hydra import block_stack, branch, freeze_below, frozen_copy
+from palate.models.make import Make, make
+from palate.models.seats import Layout, take_seats
 from palate.models.trunk import Trunk
 from palate.settings import PalateError
 
@@ -124,3 +126,13 @@ def test_a_value_branch_stands_on_frozen_blocks_alone(build):
         branch(trunk, 1)
     with pytest.raises(PalateError, match=r"value_blocks: 3 of 2 blocks"):
         branch(trunk, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "roles"),
+    [("separate", ("policy", "value")), ("shared", ("policy", "value")), ("hydra", ("policy", "reference"))],
+)
+def test_blocks_for_a_value_that_would_not_get_them_are_refused(kind: str, roles: tuple[str, ...]) -> None:
+    start = make(Make(hidden_size=16, layers=2, heads=2, vocabulary=280, context=32), ["some text"], 1)
+    with pytest.raises(PalateError, match=r"layout.value_blocks: only a value .* Set kind: hydra"):
+        take_seats(Layout(kind=kind, value_blocks=1), start, roles, 1)  # type: ignore[arg-type]

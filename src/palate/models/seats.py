@@ -177,6 +177,11 @@ def _check(layout: Layout, start: Loaded, roles: Sequence[str], value_start: Loa
         raise PalateError(f"{start.source}: it cannot be a policy. Give a causal language model.")
     if any(role in ACTING for role in roles) and "policy" not in roles:
         raise PalateError("values of actions sit beside the policy. Give the cast a policy.")
+    if layout.value_blocks and (layout.kind != "hydra" or not {"policy", "value"} <= set(roles)):
+        raise PalateError(
+            "layout.value_blocks: only a value beside a policy in the hydra layout has blocks of its own. "
+            "Set kind: hydra, or leave value_blocks out."
+        )
     if value_start is None:
         return
     if layout.kind != "separate":
