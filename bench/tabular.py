@@ -259,6 +259,24 @@ def expected_of_pairs(
     return followed(algorithm, table, batch, weight_N, weight_N.repeat_interleave(2))
 
 
+def expected_of_duels(algorithm: Any, problem: Problem, policy_PSV: Tensor, shift: int = 7) -> Tensor:
+    """The expected gradient of a page on pairs of the policy's own answers, P×S×V: each beside that `shift` further."""
+    table, tokens, rows = Table(problem, policy_PSV), every_answer(), problem.rows(policy_PSV)
+    count, place = len(tree.ANSWERS), torch.arange(len(tree.ANSWERS))
+    start_P1 = (torch.arange(tree.PROMPTS) * count)[:, None]
+    index_NK = torch.stack([(start_P1 + place).flatten(), (start_P1 + (place + shift) % count).flatten()], -1)
+    picked, index_B = tokens.select(index_NK.flatten()), index_NK.flatten()
+    logp_BT = table.logp("policy", picked).detach()
+    ended_B = torch.ones_like(index_B, dtype=torch.bool)
+    rollouts = Rollouts(**vars(picked), logp_BT=logp_BT, finished_B=ended_B, prompt_B=index_B // count, version=0)
+    scored = Scored(rollouts, rows.reward_B[index_B], torch.zeros_like(logp_BT), {}, algorithm.memory())
+    with torch.no_grad():
+        batch = algorithm.prepare(table, scored)
+    weight_N = rows.weight_B[index_NK].prod(-1)
+    weight_N = weight_N / weight_N.sum()
+    return followed(algorithm, table, batch, weight_N, weight_N.repeat_interleave(2))
+
+
 def of_formula(algorithm: Any) -> Callable[[Side, Side], Tensor]:
     """The algorithm's own loss per pair, for `Problem.expected_of_pairs`: all pairs of all answers."""
 

@@ -16,8 +16,17 @@ from torch import Tensor
 
 from bench import mutants, tabular
 from bench.mutants import ALIKE, ZERO, apart, critic, group, random_policy
-from bench.tabular import Online, expected, expected_of_demonstrations, expected_of_pairs, expected_of_thumbs
-from palate.algorithms import cpo, dpo, kto, orpo, ppo, reinforce, rloo, sft, simpo
+from bench.optimum_fixed import expected_advantage, group_field, per_token, wins
+from bench.tabular import (
+    Online,
+    expected,
+    expected_of_demonstrations,
+    expected_of_duels,
+    expected_of_pairs,
+    expected_of_thumbs,
+)
+from palate import credit
+from palate.algorithms import cpo, dpo, kto, online_dpo, orpo, ppo, reinforce, rloo, sft, simpo
 from palate.batches import Rollouts, Scored
 from palate.worlds import enumerable
 from palate.worlds.small import law, tree
@@ -222,6 +231,27 @@ def test_what_each_kl_loss_does_instead():
         torch.testing.assert_close(found[estimator] - free_PSV, 0.5 * slope_PSV / tree.LONGEST, rtol=0, atol=1e-14)
 
 
+def test_the_fields_whose_fixed_points_are_published_are_those_of_the_pages():
+    """bench/optimum_fixed.py writes GRPO's formulas once more, to be fast; without spread they are the page's."""
+    policy_PSV = random_policy(WORLD)
+    for estimator in ("k2", "k3"):
+        page_PSV = expected(kl_loss(0.5 * 8 / 7, estimator), PROBLEM, policy_PSV)  # an endless group
+        field_PSV = group_field(WORLD, 0.5, estimator, spread=False)(policy_PSV)
+        torch.testing.assert_close(field_PSV, page_PSV * tree.LONGEST * 7 / 8, rtol=0, atol=1e-13)
+
+
+def test_what_a_finite_group_makes_of_a_reward():
+    """The mean over siblings, on a net of 512 groups, against 40,000 groups drawn by chance."""
+    found_PK = expected_advantage(WORLD.reward_PK, WORLD.reference_PK)
+    random = torch.Generator().manual_seed(1)
+    share_K, reward_K = WORLD.reference_PK[3].exp(), WORLD.reward_PK[3]
+    siblings_SG = reward_K[torch.multinomial(share_K, 7 * 40_000, True, generator=random)].view(-1, 7)
+    for answer in (0, 40, 1000):
+        own_S1 = reward_K[answer].expand(len(siblings_SG), 1)
+        drawn = credit.within_group(torch.cat([own_S1, siblings_SG], -1).flatten(), 8).view(-1, 8)[:, 0].mean()
+        assert float(found_PK[3, answer]) == pytest.approx(float(drawn), abs=0.02)
+
+
 # pairs ------------------------------------------------------------------------------------------------
 
 
@@ -286,9 +316,7 @@ def test_f_dpo_rests_at_the_optimum_of_its_divergence(name: str):
 
 def test_ipo_rests_at_a_utility_that_is_bounded():
     """π_ref · exp(E σ(r − r′) / β), the mean over answers of the reference."""
-    reward_PK, drawn_PK = WORLD.reward_PK, WORLD.reference_PK.exp()
-    wins_PK = (torch.sigmoid(reward_PK[:, :, None] - reward_PK[:, None, :]) @ drawn_PK[..., None])[..., 0]
-    best_PK = law.tilted(WORLD.reference_PK, wins_PK, 0.5)
+    best_PK = law.tilted(WORLD.reference_PK, wins(WORLD), 0.5)
     loss = tabular.of_formula(dpo.Algorithm(beta=0.5, loss_type="ipo", logp_reduce="sum"))
     found, wrong, start = (
         PROBLEM.expected_of_pairs(p, loss).norm()
@@ -297,6 +325,40 @@ def test_ipo_rests_at_a_utility_that_is_bounded():
     assert found < ZERO * start
     assert float(wrong / start) == pytest.approx(4.7, rel=0.03)
     assert WORLD.share(best_PK, 0.5) == pytest.approx(0.423, abs=1e-3)
+
+
+def test_averages_rest_at_laws_of_their_own():
+    """(log π − log π_ref) / length is r/β + c for DPO per token and E σ(r − r′)/β + c for IPO per token."""
+    for settings, worth_PK in (
+        ({"loss_type": "sigmoid_norm"}, WORLD.reward_PK / 0.5),
+        ({"loss_type": "ipo"}, wins(WORLD) / 0.5),
+    ):
+        loss = tabular.of_formula(dpo.Algorithm(beta=0.5, **settings))
+        best_PSV = tree.table_of(per_token(WORLD.reference_PK, worth_PK))
+        found, start = (PROBLEM.expected_of_pairs(p, loss).norm() for p in (best_PSV, START))
+        assert found < ZERO * start
+
+
+def test_without_a_reference_the_start_is_uniform():
+    """CPO without its cross-entropy ends at π ∝ exp(r/β), SimPO without a margin at log π / length = r/β + c."""
+    nothing_PK = torch.zeros_like(WORLD.reference_PK)
+    for algorithm, best_PK in (
+        (cpo.Algorithm(beta=0.5, cpo_alpha=0.0), law.tilted(nothing_PK, WORLD.reward_PK, 0.5)),
+        (simpo.Algorithm(beta=0.5, gamma=0.0), per_token(nothing_PK, WORLD.reward_PK / 0.5)),
+    ):
+        found, start = (
+            expected_of_pairs(algorithm, PROBLEM, p, soft=False).norm() for p in (tree.table_of(best_PK), START)
+        )
+        assert found < ZERO * start
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_online_dpo_rests_at_the_optimum_unless_the_better_always_wins(beta: float):
+    best_PSV = tree.table_of(WORLD.best(beta))
+    for label, rests in (("soft", True), ("argmax", False)):
+        algorithm = online_dpo.Algorithm(beta=beta, label=label)
+        found, start = (expected_of_duels(algorithm, PROBLEM, p).norm() for p in (best_PSV, START))
+        assert bool(found < ZERO * start) is rests
 
 
 @pytest.mark.parametrize(
