@@ -300,6 +300,11 @@ def _text(answer: int) -> Text:
     return spelled(tree.ANSWERS[answer])
 
 
+def _symbols_of(prompt: int, *answers: int) -> dict[str, Any]:
+    """Answers as tokens: the one that is the end token alone has no letter and is an answer like any other."""
+    return {"prompt_tokens": [prompt], "completion_tokens": [list(tree.ANSWERS[answer]) for answer in answers]}
+
+
 def _prompts(sampler: _Sampler, row: int, seed: int) -> Iterator[Record]:
     yield Prompt(LETTERS[row % tree.PROMPTS], sampler.columns)
 
@@ -314,7 +319,7 @@ def _demonstrations(sampler: _Sampler, row: int, seed: int) -> Iterator[Record]:
 
 def _pairs(sampler: _Sampler, row: int, seed: int) -> Iterator[Record]:
     prompt, chosen, rejected, probability = sampler.pair(row, seed)
-    columns = {**sampler.columns, "probability": probability}
+    columns = {**sampler.columns, **_symbols_of(prompt, chosen, rejected), "probability": probability}
     yield preference(
         LETTERS[prompt],
         _text(chosen),
@@ -329,7 +334,8 @@ def _labelled(sampler: _Sampler, row: int, seed: int) -> Iterator[Record]:
     """The two answers of a pair, one with a thumb up and one with a thumb down."""
     prompt, chosen, rejected, _ = sampler.pair(row, seed)
     for answer, label in ((chosen, True), (rejected, False)):
-        yield Unpaired(LETTERS[prompt], sampler.columns, f"row {row}", completion=_text(answer), label=label)
+        columns = {**sampler.columns, **_symbols_of(prompt, answer)}
+        yield Unpaired(LETTERS[prompt], columns, f"row {row}", completion=_text(answer), label=label)
 
 
 def _rated(sampler: _Sampler, row: int, seed: int) -> Iterator[Record]:
@@ -337,7 +343,8 @@ def _rated(sampler: _Sampler, row: int, seed: int) -> Iterator[Record]:
     prompt = int(rng.integers(tree.PROMPTS))
     answer = sampler.answer(prompt, rng)
     rating = float(sampler.world.reward_PK[prompt, answer])
-    yield Rated(LETTERS[prompt], sampler.columns, f"row {row}", completion=_text(answer), rating=rating)
+    columns = {**sampler.columns, **_symbols_of(prompt, answer)}
+    yield Rated(LETTERS[prompt], columns, f"row {row}", completion=_text(answer), rating=rating)
 
 
 SHAPES: dict[str, Callable[[_Sampler, int, int], Iterator[Record]]] = {
