@@ -14,6 +14,7 @@ from torch import Tensor
 
 from palate import optim
 from palate.settings import PalateError
+from palate.step import Optimiser
 
 LAW = settings(deadline=None, derandomize=True, database=None, max_examples=40)
 VARIANTS = pytest.mark.parametrize("variant", ["torch", "tensorflow"])
@@ -174,3 +175,14 @@ def test_warm_up(total: int, warmup: int) -> None:
 def test_counting_updates() -> None:
     assert (optim.updates(1_000_000, 512), optim.updates(1_000_000, 512, round_up=True)) == (1953, 1954)
     assert optim.updates(1024, 512) == optim.updates(1024, 512, round_up=True) == 2
+
+
+def test_a_schedule_may_end_above_zero() -> None:
+    """InstructGPT: half a cosine from the peak to a tenth of it; the warm-up is not squeezed."""
+    rates = [optim.warmed_up(done, 12, 2, optim.cosine, 0.1) for done in range(13)]
+    assert rates[:2] == [1 / 3, 2 / 3]
+    assert rates[2] == 1.0
+    assert rates[12] == pytest.approx(0.1)
+    assert rates[7] == pytest.approx(0.55)  # half of the way between 1 and 0.1
+    assert all(optim.warmed_up(done, 9, 0, optim.constant, 0.1) == 1.0 for done in range(9))
+    assert Optimiser(learning_rate=2.0, schedule="linear", final_rate=0.5).rate(5, 10) == pytest.approx(1.5)

@@ -134,12 +134,14 @@ def cosine(done: float, total: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * min(done / total, 1.0)))
 
 
-def warmed_up(done: int, total: int, warmup: int, schedule: Callable[[float, float], float]) -> float:
-    """A linear rise over the first `warmup` updates, then `schedule` over the rest.
+def warmed_up(
+    done: int, total: int, warmup: int, schedule: Callable[[float, float], float], final: float = 0.0
+) -> float:
+    """A linear rise over the first `warmup` updates, then `schedule` over the rest, squeezed between 1 and `final`.
 
     The rise goes through 1/(warmup + 1), 2/(warmup + 1) …, so that no update is spent at rate 0 and the peak comes
-    right after it.
+    right after it. InstructGPT's cosine ends at a tenth (Ouyang et al. 2022, app. C).
     """
     if done < warmup:
         return (done + 1) / (warmup + 1)
-    return schedule(done - warmup, max(1, total - warmup))
+    return final + (1 - final) * schedule(done - warmup, max(1, total - warmup))

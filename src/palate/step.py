@@ -33,7 +33,9 @@ class Optimiser(Settings):
     learning_rate: float = Field(default=3e-6, ge=0)
     """Peak learning rate."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """How the rate falls to zero over the stage: `linear` and `cosine` reach it after the last update."""
+    """How the rate falls over the stage: `linear` and `cosine` reach its end after the last update."""
+    final_rate: float = Field(default=0.0, ge=0, le=1)
+    """Where the rate ends, as a share of its peak: 0 in the reference systems, 0.1 in InstructGPT."""
     warmup_steps: int = Field(default=0, ge=0)
     """Updates over which the rate rises linearly to its peak."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -50,7 +52,7 @@ class Optimiser(Settings):
     def rate(self, update: int, updates: int) -> float:
         """The learning rate of update `update` (from 0) out of `updates`."""
         schedule = _SCHEDULES[self.schedule]
-        return self.learning_rate * optim.warmed_up(update, updates, self.warmup_steps, schedule)
+        return self.learning_rate * optim.warmed_up(update, updates, self.warmup_steps, schedule, self.final_rate)
 
 
 @dataclass(frozen=True)

@@ -171,6 +171,7 @@ def test_instructgpt() -> None:
     assert (reward["num_train_epochs"], reward["batch_size"], reward["optimiser"]["learning_rate"]) == (1, 64, 9e-6)
     _says(reward["normalise"], {"before": False, "after": True, "over": "demonstrations", "mean": 0.0, "std": None})
     assert {stage["optimiser"]["schedule"] for stage in (sft, start, reward)} == {"cosine"}
+    assert {stage["optimiser"]["final_rate"] for stage in (sft, start, reward)} == {0.1}
     assert all(stage["optimiser"]["betas"] == [0.9, 0.95] for stage in (sft, start, reward, rlhf))
     _says(rlhf["algorithm"], {"num_ppo_epochs": 1, "num_mini_batches": 512 // 64, "kl_coef": 0.02, "cliprange": 0.2})
     _says(rlhf["algorithm"], {"gamma": 1.0, "target_kl": None})
