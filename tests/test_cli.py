@@ -241,3 +241,11 @@ def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     assert process.returncode == 75
     assert "palate run slow.yaml seed=3" in said
     assert "Traceback" not in said
+
+
+def test_help_loads_nothing_heavy() -> None:
+    """The list of verbs comes before a second has passed: no torch, and no pydantic either."""
+    asked = "import sys\nfrom palate.cli import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+    shown = f"{asked}print(*({{'torch', 'pydantic', 'yaml', 'numpy'}} & set(sys.modules)), 'loaded')"
+    done = subprocess.run([sys.executable, "-c", shown], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "loaded"

@@ -1,4 +1,7 @@
-"""What there is to choose from, read from the source without importing it: a list must not need torch."""
+"""What there is to choose from, read from the source without importing it: a list must not need torch.
+
+Nor pydantic: the command line reads its verbs here before it knows whether anything will be run.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeGuard
-
-from palate.settings import PalateError, nearest
 
 _PACKAGE = Path(__file__).parent
 _CLASSES = {"algorithms": "Algorithm", "rewards": "Reward", "stages": "Stage"}
@@ -33,6 +34,8 @@ def listing(topic: str) -> dict[str, str]:
         from palate.data.formats import FORMATS
 
         return {f.name: f.shape for f in FORMATS}
+    from palate.settings import PalateError, nearest
+
     raise PalateError(f"nothing is called {topic!r}.{nearest(topic, TOPICS)} Known: {', '.join(TOPICS)}.")
 
 
@@ -92,6 +95,8 @@ def recipes() -> Mapping[str, Path]:
 
 def recipe(name: str) -> Path:
     """The file of a recipe that ships."""
+    from palate.settings import PalateError, nearest
+
     known = recipes()
     if name not in known:
         raise PalateError(f"no recipe is called {name!r}.{nearest(name, known)} Known: {', '.join(known)}.")
