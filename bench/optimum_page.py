@@ -44,7 +44,7 @@ def end_of(row: str, world: int, beta: float) -> str:
 def band(row: str, world: int, beta: float, end: float | None) -> tuple[float, float] | None:
     """The scores that are right: given for world 1, around the computed end elsewhere; none where nothing is known."""
     method = ROWS[row]
-    if world == 1 or end == 1.0:
+    if world == 1 or (end == 1.0 and not method.finite):
         return method.bands[beta]
     if end is None or method.around is None:
         return None
@@ -156,14 +156,14 @@ row is a real palate stage from model folder to model folder, judged over all an
 
 **Score** = (J − J(π_ref)) / (J* − J(π_ref)), J = E[r] − β·KL(π‖π_ref): 0 for the reference, 1 for π*. In other words it
 is 1 − β·KL(π‖π*) / (J* − J(π_ref)), so the table shows KL(π*‖π) beside it: what π* says and the policy has lost.
-A biased method is right when it ends at *its own* fixed point, computed from its formulas for tabular policies, groups of 8
-and endless data: a GRPO with a k3 loss that scored .99 would not be that method. Scores of different methods are no
-ranking: rates were set by family, not tuned by method. β = .5 discriminates; at .1 even the collapse to one
+A biased method is right when it ends at *its own* fixed point, computed from its formulas for tabular policies, groups
+of 8 and endless data: a GRPO with a k3 loss that scored .99 would not be that method. Scores of different methods are
+no ranking: rates were set by family, not tuned by method. β = .5 discriminates; at .1 even the collapse to one
 answer scores .884.
 
 Online: 40,960 answers, 160 rollouts of 256, two passes of two minibatches, Adam (.9, .99), rate 3e-3 falling linearly
 to 0 (REINFORCE++ 1e-3, online DPO 3e-4), gradient norm 1. Offline: 20,000 pairs by the reference with Bradley–Terry
-labels, 400 batches of 256, AdamW, rate 1e-3, 20 steps of warm-up, linear decay. Best of n: 8 passes over one rollout of
+labels, 640 batches of 256, AdamW, rate 1e-3, 20 steps of warm-up, linear decay. Best of n: 8 passes over one rollout of
 the reference, {n5} answers a prompt at β = .5, {n1} at .1, on 10,240 and 2,560 kept answers. The
 exact gradient through the same network reaches .996 (β = .5) and .999 (.1): more is not to be had.
 """

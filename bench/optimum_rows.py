@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-BATCH, EPISODES, PAIRS, STEPS = 256, 40_960, 20_000, 400
+BATCH, EPISODES, PAIRS, STEPS = 256, 40_960, 20_000, 640
 """Answers of a rollout and pairs of a batch; answers and pairs in all; optimiser steps of an offline method."""
 Settings = Mapping[str, Any]
 
@@ -27,7 +27,9 @@ class Row:
     rows: int = PAIRS
     rate: float = 3e-3
     around: tuple[float, float] | None = None
-    """In another world: how far below and above its own computed fixed point the score may lie; none: `bands` hold."""
+    """In another world: how far from its own computed fixed point the score may lie, at β .5 and .1."""
+    finite: bool = False
+    """Whether what it reaches hangs on how well a fixed number of pairs covers π*: then `bands` are world 1's alone."""
 
 
 def _sides(k: int = 1) -> Settings:
@@ -71,7 +73,7 @@ def best_n(beta: float) -> int:
 
 
 _HIGH = {0.5: (0.980, 1.0), 0.1: (0.985, 1.0)}
-_PAIRS = {"shape": "pairs", "rate": 1e-3}
+_PAIRS = {"shape": "pairs", "rate": 1e-3, "finite": True}
 
 ROWS: dict[str, Row] = {
     "rloo": Row(
@@ -162,7 +164,8 @@ def stage(row: Row, beta: float, model: Path, world: int, part: float = 1.0) -> 
     options = {"world": world, **row.options}
     if row.shape != "prompts":
         source = {"path": f"world:enumerable/{row.shape}", "rows": row.rows, "options": options}
-        sizes = {"batch_size": BATCH * row.rows // PAIRS, "max_steps": round(STEPS * part), "num_train_epochs": 100}
+        batch = BATCH * (2 if row.shape == "labelled" else 1)
+        sizes = {"batch_size": batch, "max_steps": round(STEPS * part), "num_train_epochs": 100}
         optimiser |= {"warmup_steps": 20, "betas": (0.9, 0.999)}
         known = {"precompute_reference": True} if common["algorithm"]["kind"] == "dpo" else {}
         return {"kind": "train", "name": "o", "data": source, "optimiser": optimiser, **common, **sizes, **known}
