@@ -326,6 +326,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "plain": {"num_iterations": 2, "num_mini_batches": 2},
     "published": {"kl_in": "loss", "kl_estimator": "k3", "loss_type": "grpo", "num_mini_batches": 2},
     "gspo": {"importance_level": "sequence", "loss_type": "grpo", "num_iterations": 2, "epsilon": 3e-4},
+    "moving": {"ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.5, "num_mini_batches": 2},
     "cispo": {"surrogate": "cispo", "beta": 0, "num_iterations": 2, "loss_type": "dr_grpo", "scale_rewards": "none"},
 }
 
@@ -339,3 +340,29 @@ def test_a_real_run_goes_on_where_it_was_stopped(name: str, tmp_path: Path) -> N
     assert told.exists() == (name == "published")
     if name == "published":
         assert "algorithm: kl_estimator k3 as a loss is biased" in tiny_runs.warnings(told.parent)[0]
+
+
+def test_the_reference_becomes_the_policy_every_so_many_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """R1's: after the copy the KL begins at 0 again, between copies the reference stays."""
+    distance: list[float] = []
+    after = Algorithm.after
+
+    def measured(self: Algorithm, cast: Any, step: int) -> None:
+        after(self, cast, step)
+        policy, reference = (cast.seat(role).trunk.model for role in ("policy", "reference"))
+        pairs = zip(policy.parameters(), reference.parameters(), strict=True)
+        distance.append(max(float((a - b).detach().abs().max()) for a, b in pairs))
+
+    monkeypatch.setattr(Algorithm, "after", measured)
+    settings = {"kind": "grpo", "num_generations": 4, "num_mini_batches": 2, "ref_model_sync_steps": 3}
+    tiny_runs.run(tmp_path, cases.stage(tmp_path, settings), name="moving")
+    assert [d == 0 for d in distance] == [step % 3 == 0 for step in range(1, len(distance) + 1)]
+    assert len(distance) >= 6
+
+
+def test_a_reference_that_could_not_move_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="with beta 0 there is no reference that could move"):
+        Algorithm(beta=0, ref_model_sync_steps=3)
+    stage = cases.stage(tmp_path, {"kind": "grpo", "num_generations": 4, "ref_model_sync_steps": 3})
+    with pytest.raises(PalateError, match="the reference has no weights of its own that could follow"):
+        tiny_runs.run(tmp_path, {**stage, "layout": {"kind": "adapters", "lora_rank": 2}}, name="worn")

@@ -108,6 +108,7 @@ def test_grpo_r1() -> None:
     _says(rlhf["algorithm"], {"num_generations": 16, "num_iterations": 1, "num_mini_batches": 16, "epsilon": 10.0})
     _says(rlhf["algorithm"], {"beta": 0.001, "kl_in": "loss", "kl_estimator": "k3"})
     _says(rlhf["algorithm"], {"scale_rewards": "group", "loss_type": "grpo", "surrogate": "clip"})
+    _says(rlhf["algorithm"], {"ref_model_sync_steps": 400, "ref_model_mixup_alpha": 1.0})
     assert rlhf["optimiser"]["learning_rate"] == 3e-6
     _says(rlhf["sampling"], {"temperature": 1.0, "max_new_tokens": 32_768})
     assert (rlhf["rollout_batch_size"], rlhf["total_episodes"]) == (8_192, 10_400 * 512)

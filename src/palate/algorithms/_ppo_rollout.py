@@ -14,7 +14,6 @@ from palate.algorithms import _graded
 from palate.batches import Experience, Mean, Scored, Tokens
 from palate.cast import Cast
 from palate.losses import keep
-from palate.settings import PalateError
 
 ESTIMATORS = {"k1": credit.kl_k1, "k2": credit.kl_k2, "k3": credit.kl_k3}
 """KL estimators that may stand in a reward."""
@@ -174,16 +173,6 @@ def seen_of_value(value_BT: Tensor, batch: Experience, clip: float) -> dict[str,
     moved = torch.clamp(value, old - clip, old + clip)
     worse = (moved - returns).square() > (value - returns).square()
     return {"val/clipfrac_avg": Mean(worse.float().sum(), float(value.numel()))}
-
-
-def require_movable(cast: Cast) -> None:
-    """Raise PalateError where the reference has no weight of its own that could follow the policy."""
-    policy, reference = (cast.seat(role).trunk for role in ("policy", "reference"))
-    if {id(p) for p in reference.parameters()} <= {id(p) for p in policy.parameters()}:
-        raise PalateError(
-            "ref_model_sync_steps: the reference has no weights of its own that could follow the policy. Use layout "
-            "separate or shared, or hydra with unfrozen_blocks above 0."
-        )
 
 
 _AS_LOSS: Mapping[str, str] = {

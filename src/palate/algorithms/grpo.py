@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from palate import credit, losses
-from palate.algorithms import _graded
+from palate.algorithms import _graded, _moving
 from palate.batches import Graded, Loss, Scored, Term
 from palate.cast import Cast
 from palate.settings import Choice, PalateError
@@ -26,7 +26,6 @@ class Algorithm(Choice):
     """
 
     trains: ClassVar[tuple[str, ...]] = ("policy",)
-    moves: ClassVar[tuple[str, ...]] = ()
     learns: ClassVar[type[Graded]] = Graded
 
     kind: str = "grpo"
@@ -69,6 +68,10 @@ class Algorithm(Choice):
     """Weigh samples by policy/sampler, per token or answer, truncated at the cap or masked beyond it."""
     importance_cap: float = Field(default=3.0, ge=1)
     """The largest weight a sample may have."""
+    ref_model_sync_steps: int | None = Field(default=None, ge=1)
+    """Optimiser steps from one move of the reference towards the policy to the next (400 in R1); none: it stays."""
+    ref_model_mixup_alpha: float = Field(default=1.0, gt=0, le=1)
+    """Share of the policy in the reference after each of its moves; 1 is a copy."""
     rollout_forward_batch_size: int = Field(default=64, ge=1)
     """Rows a forward pass takes when references and old log-probabilities are computed."""
 
@@ -80,6 +83,8 @@ class Algorithm(Choice):
                 f"kl_estimator {self.kl_estimator} in the reward has another optimum (k3 overflows there). Take k1, or "
                 "kl_in: loss."
             )
+        if self.ref_model_sync_steps is not None and not self.beta:
+            raise ValueError("ref_model_sync_steps: with beta 0 there is no reference that could move. Leave it out.")
         if self.delta is not None and self.delta <= 1 + self.above:
             raise ValueError(f"delta {self.delta} is not above 1 + epsilon_high = {1 + self.above}, so it would clip.")
         return self
@@ -88,6 +93,11 @@ class Algorithm(Choice):
     def needs(self) -> tuple[str, ...]:
         """The reference, unless its KL is free."""
         return ("reference",) if self.beta else ()
+
+    @property
+    def moves(self) -> tuple[str, ...]:
+        """The reference, where it follows the policy."""
+        return () if self.ref_model_sync_steps is None else ("reference",)
 
     @property
     def group(self) -> int:
@@ -131,6 +141,8 @@ class Algorithm(Choice):
 
     def prepare(self, cast: Cast, scored: Scored) -> Graded:
         """Advantages of a whole rollout; no gradient."""
+        if self.moves:
+            _moving.require_movable(cast)
         rows = scored.rollouts
         heard = _graded.hear(cast, rows, self.rollout_forward_batch_size, bool(self.beta), self.old_logprobs)
         earned_B, kl_B = _graded.earned(scored), heard.kl_BT.sum(-1)
@@ -167,7 +179,8 @@ class Algorithm(Choice):
         return Loss(terms, {**_graded.seen(logp_N - old_N, entropy_BT[said]), **clipped})
 
     def after(self, cast: Cast, step: int) -> None:
-        """Nothing moves by itself."""
+        """Every so many steps the reference moves towards the policy, where it does."""
+        _moving.follow(cast, step, self.ref_model_sync_steps, self.ref_model_mixup_alpha)
 
     def _overlong(self, scored: Scored) -> Tensor:
         """What answers near the longest possible length lose of their score, per row."""

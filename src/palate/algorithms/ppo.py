@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from palate import credit, losses
-from palate.algorithms import _graded
+from palate.algorithms import _graded, _moving
 from palate.algorithms import _ppo_rollout as rollout
 from palate.batches import Experience, Loss, Mean, Scored, Term
 from palate.cast import Cast
@@ -114,7 +114,7 @@ class Algorithm(Choice):
     def prepare(self, cast: Cast, scored: Scored) -> Experience:
         """Rewards, values, advantages and returns of a whole rollout; no gradient."""
         if self.moves:
-            rollout.require_movable(cast)
+            _moving.require_movable(cast)
         trained, remembered, scale = rollout.scaled(scored, self.scale_scores, self.center_scores)
         heard = rollout.hear(cast, trained, self.score_position, self.old_logprobs, self.rollout_forward_batch_size)
         logp_BT, ref_BT, value_BT, mask_BT = heard.logp_BT, heard.ref_BT, heard.value_BT, heard.value_mask_BT
@@ -177,8 +177,7 @@ class Algorithm(Choice):
     def after(self, cast: Cast, step: int) -> None:
         """Every so many steps the reference moves towards the policy, where it does."""
         every = self.passes * self.minibatches if self.ref_model_sync_steps == "rollout" else self.ref_model_sync_steps
-        if every and step % every == 0:
-            cast.blend("policy", "reference", self.ref_model_mixup_alpha)
+        _moving.follow(cast, step, every, self.ref_model_mixup_alpha)
 
     def rests(self, batch: Experience) -> bool:
         """Whether the policy does not learn from this rollout: the critic is being warmed up."""
