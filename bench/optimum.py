@@ -117,7 +117,9 @@ def write_page() -> None:
             for row in LAWS:
                 name = end_of(row, world, beta)
                 if name not in kept():
-                    keep(name, {"share": round(ends(row, enumerable.world(world), beta) or 0.0, 5)})
+                    share = ends(row, enumerable.world(world), beta)
+                    assert share is not None
+                    keep(name, {"share": round(share, 5)})
     known = kept()
     PAGE.write_text(optimum_page.page(known, BETAS, WORLDS, SEEDS), encoding="utf-8")
     panels = {f"world {w}, β = {BETAS[0]:g}": optimum_page.lines(known, w, BETAS[0], SEEDS) for w in WORLDS}

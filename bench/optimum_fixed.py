@@ -88,7 +88,7 @@ def _followed(estimator: Estimator, spread: bool, steps: int) -> Callable[[World
     def find(world: World, beta: float) -> Tensor:
         field = group_field(world, beta, estimator, spread)
         start_PSV = tree.table_of(world.best(beta)).clamp(min=-60.0)
-        found = fixed_point(field, start_PSV, steps=steps)
+        found = fixed_point(field, start_PSV, steps=steps, tolerance=SETTLED / 5)
         if found.residual > SETTLED:
             raise PalateError(f"fixed point: {found.residual:.1e} of the gradient is left after {found.steps} steps.")
         return tree.answer_logp(found.logits_PSV)
@@ -119,7 +119,7 @@ LAWS: Mapping[str, Callable[[World, float], Tensor]] = {
     "dr grpo, k2 loss": _followed("k2", False, 500),
     "dr grpo, k3 x ratio loss": _followed("k2", False, 500),
     "dr grpo, k3 loss": _followed("k3", False, 500),
-    "grpo, k3 loss": _followed("k3", True, 400),
+    "grpo, k3 loss": _followed("k3", True, 1200),
     "online dpo, argmax labels": lambda world, _: world.surest(),
     "ipo, sum": lambda world, beta: law.tilted(world.reference_PK, wins(world), beta),
     "ipo, mean": lambda world, beta: per_token(world.reference_PK, wins(world) / beta),

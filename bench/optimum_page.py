@@ -17,6 +17,8 @@ STYLE = """
   .grid { stroke: #e4ddd6; } .band { fill: #e9dfe6; } .end { stroke: #221c22; stroke-width: 1.6; }
   circle { fill: #7b2d56; fill-opacity: .85; } circle.other { fill: #1f6f78; }
 """
+SHORT = " | 400 batches"
+"""What is added to the name of a measurement with 400 batches of pairs; it stands in until there is a whole one."""
 LEFT, WIDTH, ROW, TOP = 190, 290, 22, 46
 LOW, HIGH = 0.2, 1.0
 """The scores that are drawn; what lies below is drawn at the edge."""
@@ -56,7 +58,8 @@ def lines(known: Measured, world: int, beta: float, seeds: Sequence[int]) -> lis
     """All methods that were measured."""
     found: list[Line] = []
     for row in ROWS:
-        runs = [known.get(name_of(row, world, beta, seed)) for seed in seeds]
+        names = [name_of(row, world, beta, seed) for seed in seeds]
+        runs = [known.get(name) or known.get(name + SHORT) for name in names]
         end = known.get(end_of(row, world, beta), {}).get("share")
         if any(runs):
             found.append(Line(row, end, band(row, world, beta, end), tuple(run for run in runs if run)))
@@ -75,7 +78,7 @@ def table(found: Sequence[Line]) -> list[str]:
             line.row,
             "–" if line.end is None else f"{line.end:.3f}",
             "–" if line.band is None else _band(line.band),
-            " / ".join(f"{score:.4f}" for score in scores) + mark,
+            " / ".join(f"{run['share']:.4f}{'†' if 'batches' in run else ''}" for run in line.seeds) + mark,
             " / ".join(f"{run['kl_from_best']:.3f}" for run in line.seeds),
             " / ".join(f"{run['kl_from_reference']:.2f}" for run in line.seeds),
             " / ".join(f"{run['cpu_seconds']:.0f}" for run in line.seeds),
@@ -164,8 +167,9 @@ answer scores .884.
 Online: 40,960 answers, 160 rollouts of 256, two passes of two minibatches, Adam (.9, .99), rate 3e-3 falling linearly
 to 0 (REINFORCE++ 1e-3, online DPO 3e-4), gradient norm 1. Offline: 20,000 pairs by the reference with Bradley–Terry
 labels, 640 batches of 256, AdamW, rate 1e-3, 20 steps of warm-up, linear decay. Best of n: 8 passes over one rollout of
-the reference, {n5} answers a prompt at β = .5, {n1} at .1, on 10,240 and 2,560 kept answers. The
-exact gradient through the same network reaches .996 (β = .5) and .999 (.1): more is not to be had.
+the reference, {n5} answers a prompt at β = .5, {n1} at .1, on 10,240 and 2,560 kept answers. † is a shorter run of
+400 batches; ✗ lies outside. The exact gradient through the same network reaches .996 (β = .5) and .999 (.1): more is
+not to be had.
 """
 
 LAWS = """
@@ -217,6 +221,8 @@ def peers(known: Measured) -> list[str]:
         "    peers/bin/python bench/optimum_trl.py    # its environment: trl 1.16, torch 2.13, transformers 5.23",
         "",
         "Same model folder, data, budget and rates, β = .5, one seed. Where the objective is the same, scores agree.",
+        "TRL divides by the sample's deviation of a group (n − 1), palate by the population's: with groups of 8 that alone",
+        "moves the computed end of GRPO with k3 from .766 to .795.",
         "",
         "| TRL | score | KL(π*‖π) | wall s | ours | score | wall s |",
         "|---|---|---|---|---|---|---|",

@@ -46,8 +46,3 @@ def test_rloo_with_half_of_its_kl_does_not(tmp_path: Path):
 
 def test_dpo_with_exact_labels_comes_near_the_optimum(tmp_path: Path):
     assert reached(replace(ROWS["dpo, soft labels"], rows=6000), tmp_path, 0.19) > 0.94
-
-
-def test_dpo_with_averaged_log_probabilities_does_not(tmp_path: Path):
-    averaged = with_settings(ROWS["dpo, soft labels"], {"logp_reduce": "mean"})
-    assert reached(replace(averaged, rows=6000), tmp_path, 0.19) < 0.9
