@@ -14,6 +14,11 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+_WORKER = "PYTEST_XDIST_WORKER" in os.environ
+_THREADS = 1 if _WORKER else 2
+"""Of one process. Workers have one each: two with two threads wait for each other more than they compute."""
+if _WORKER:
+    os.environ["OMP_NUM_THREADS"] = "1"  # the parent has set two for itself
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 _REPOSITORY = Path(__file__).resolve().parent.parent
@@ -62,10 +67,10 @@ def _offline() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _few_threads() -> None:
-    """Two threads at most: the suite is a good neighbour and adds its sums in one order."""
+    """Two threads at most, one beside other workers: the suite is a good neighbour."""
     import torch
 
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    torch.set_num_threads(min(_THREADS, torch.get_num_threads()))
 
 
 @pytest.fixture(scope="session")
