@@ -99,7 +99,7 @@ METHODS: dict[str, Method] = {
     "kto": _direct("kto", beta=0.1),
     "ddpo": Method(
         {"kind": "ddpo", "beta": 0.5},
-        3e-4,
+        3e-5,
         data={"path": f"{ROOM}/corrections", "rows": 12000},
         note="learns from 12,000 corrections instead",
     ),
