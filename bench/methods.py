@@ -221,8 +221,8 @@ def table(home: Path) -> str:
     lines = [
         f"True utility of the SFT model: {before:.2f}. Mean ± error of {seeds} seeds, `python -m bench.methods`:",
         "",
-        "| method | true utility | wins over SFT | reward model | KL, nats | covered | invented | tokens | time, s |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| method | true utility | wins over SFT | reward model | KL, nats | covered | invented | tokens |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name, outcomes in rows:
         few = f" ({len(outcomes)} of {seeds} seeds)" if len(outcomes) < seeds else ""
@@ -236,7 +236,6 @@ def table(home: Path) -> str:
             _cell(outcomes, "covered"),
             _cell(outcomes, "invented"),
             _cell(outcomes, "length", digits=0),
-            f"{mean(o['seconds'] for o in outcomes):.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
