@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 import click
@@ -219,10 +219,11 @@ def table(home: Path) -> str:
     seeds = max(len(f) for _, f in rows)
     before = mean(o["gold_before"] for _, f in rows for o in f)
     lines = [
-        f"True utility of the SFT model: {before:.2f}. Mean ± error of {seeds} seeds, `python -m bench.methods`:",
+        f"True utility of the SFT model: {before:.2f}. Mean ± error of {seeds} seeds, `python -m bench.methods`;",
+        "time is the median, training and evaluation together, one thread.",
         "",
-        "| method | true utility | wins over SFT | reward model | KL, nats | covered | invented | tokens |",
-        "|---|---|---|---|---|---|---|---|",
+        "| method | true utility | wins over SFT | reward model | KL, nats | covered | invented | tokens | time, s |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, outcomes in rows:
         few = f" ({len(outcomes)} of {seeds} seeds)" if len(outcomes) < seeds else ""
@@ -236,6 +237,7 @@ def table(home: Path) -> str:
             _cell(outcomes, "covered"),
             _cell(outcomes, "invented"),
             _cell(outcomes, "length", digits=0),
+            f"{median(one['seconds'] for one in outcomes):.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
