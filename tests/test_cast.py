@@ -15,7 +15,8 @@ from palate.models.heads import fresh_head
 from palate.models.load import Loaded
 from palate.models.lora import adapter_parameters, merge
 from palate.models.make import Make, make
-from palate.models.trunk import Trunk
+from palate.models.trunk import Stream, Trunk
+from palate.models.words import Shape, words
 from palate.settings import PalateError
 
 TEXTS = ["the soup is hot and the wine is red"] * 5
@@ -103,11 +104,13 @@ class _Scripted(Trunk):
         torch.nn.Module.__init__(self)
         self.given, self.vocabulary = logits_BTV, logits_BTV.shape[-1]
 
-    def hidden(self, tokens_BT: torch.Tensor, real_BT: torch.Tensor) -> torch.Tensor:
-        return self.given
+    def read(self, tokens_BT: torch.Tensor, real_BT: torch.Tensor) -> Stream:
+        places = torch.arange(self.given.shape[0] * self.given.shape[1]).view(self.given.shape[:2])
+        return Stream(self.given.flatten(0, 1), places)
 
-    def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        return hidden_ND
+    def words(self, hidden_ND, token_N, temperature=1.0, entropy=False, likeliest=False):
+        shape = Shape(temperature=temperature)
+        return words(lambda logits_NV: logits_NV, hidden_ND, token_N, self.vocabulary, shape, entropy, likeliest)
 
 
 def test_temperature_is_that_of_the_reference_systems():

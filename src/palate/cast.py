@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, TypeVar, overload
 
 import torch
@@ -16,12 +17,14 @@ from torch.nn import functional
 
 from palate import losses
 from palate.batches import Tokens
+from palate.cutting import FROZEN, Microbatch, affordable, cut
 from palate.models.heads import ActionHead, Head, ScalarHead
 from palate.models.hydra import block_stack
 from palate.models.load import Loaded
 from palate.models.lora import bare_state, wear
 from palate.models.seats import ACTING, Layout, Seat, take_seats, trained_parameters
-from palate.models.trunk import Trunk, position_ids
+from palate.models.trunk import Stream, Trunk, position_ids
+from palate.models.words import Words
 from palate.parallel import World, local, part_like, whole
 from palate.settings import NotFinite, PalateError, nearest
 
@@ -35,16 +38,18 @@ H = TypeVar("H", ScalarHead, ActionHead)
 class Acts:
     """What the policy and the heads beside it say of the N actions of a batch, in the order of `asked_BT`.
 
-    `q_HNV` and `target_HNV` hold one N×V tensor for each head; `value_N` is the value of the state before the action,
-    `after_N` of the state before the row's next action, 0 where there is none.
+    Of each head `q_HN` and `target_HN` have the action's own value and `total_HN` log Σ exp over all actions; `value_N`
+    is the value of the state before the action, `after_N` of the state before the row's next action, 0 where there is
+    none.
     """
 
     asked_BT: Tensor
     token_N: Tensor
     logp_N: Tensor
     entropy_N: Tensor
-    q_HNV: tuple[Tensor, ...]
-    target_HNV: tuple[Tensor, ...]
+    q_HN: tuple[Tensor, ...]
+    total_HN: tuple[Tensor, ...]
+    target_HN: tuple[Tensor, ...]
     value_N: Tensor
     after_N: Tensor
 
@@ -93,12 +98,17 @@ class Cast:
             raise PalateError(f"nobody plays {role!r}.{nearest(role, self.roles)} Cast: {', '.join(self.roles)}.")
         return self.roles[role]
 
-    def chunked(self, batch: Tokens, rows: int, speak: Callable[[Tokens], Tensor]) -> Tensor:
-        """What `speak` says of every row (B×…), asked for at most `rows` rows at a time and each rank for its share.
+    @cached_property
+    def budget(self) -> int:
+        """Real tokens of one pass without gradient; a stage may set it."""
+        return FROZEN * min(affordable(trunk) for trunk in self.trunks)
+
+    def chunked(self, batch: Tokens, speak: Callable[[Tokens], Tensor]) -> Tensor:
+        """What `speak` says of every row (B×…), asked for `budget` tokens at a time and each rank for its share.
 
         For passes without gradient over a whole batch. Raises NotFinite where something said is not a number.
         """
-        parts = list(batch.split(self.world.rows_each(batch.size, rows)))
+        parts = cut(batch, Microbatch(tokens=self.budget), self.world)
         said = [speak(part) for part, _ in self.world.deal(parts)]
         found = self.world.gather_rows(said, [part.size for part in parts])
         broken = int((~found.isfinite()).sum())
@@ -123,17 +133,21 @@ class Cast:
         next token is an action and for no others. A token with nothing before it has no log-probability and gets 0.
         """
         seat = self.seat(role)
-        logp_BT, entropy_BT = _speech(seat.trunk, _hidden(seat, batch), batch, temperature, entropy)
-        return (logp_BT, entropy_BT) if entropy else logp_BT
+        said = _speech(seat, _read(seat, batch), batch, temperature, entropy)
+        return said if entropy else said[0]
 
     def recital(self, role: str, batch: Tokens) -> tuple[Tensor, Tensor, Tensor]:
         """(logp_BT, entropy_BT, likeliest_BT) of given text: the last says where the token was the likeliest one."""
         seat = self.seat(role)
-        asked_BT, tokens_N, every_NV = _rows(seat.trunk, _hidden(seat, batch), batch, 1.0)
-        logp_BT = _place(asked_BT, every_NV.gather(-1, tokens_N[:, None])[:, 0])
-        seen_NV = every_NV.detach()
-        entropy_BT = _place(asked_BT, -(seen_NV.exp() * seen_NV).sum(-1))
-        return logp_BT, entropy_BT, _place(asked_BT, seen_NV.argmax(-1) == tokens_N)
+        asked_BT, said = _words(seat, _read(seat, batch), batch, 1.0, entropy=True, likeliest=True)
+        assert said.entropy_N is not None
+        assert said.likeliest_N is not None
+        right_N = said.likeliest_N == batch.tokens_BT[asked_BT]
+        return (
+            _place(asked_BT, said.logp_N),
+            _place(asked_BT, said.entropy_N.detach()),
+            _place(asked_BT, right_N),
+        )
 
     def values(self, role: str, batch: Tokens, head_only: bool = False) -> Tensor:
         """Value B×T of the state before each token: the head's output on the token before, 0 where there is none.
@@ -142,8 +156,8 @@ class Cast:
         `head_only` no gradient goes below the head.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not head_only):
-            hidden_BTD = _hidden(self.seat(role), batch)
-        return _values(self._head(role), hidden_BTD, batch)
+            stream = _read(self.seat(role), batch)
+        return _values(self._head(role), stream, batch)
 
     def together(self, one: str, other: str) -> bool:
         """Whether two roles speak through the same trunk and adapter."""
@@ -155,11 +169,11 @@ class Cast:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(logp_BT, entropy_BT, value_BT), by one forward pass when both roles share trunk and adapter."""
         speaker, judge = self.seat(policy), self.seat(value)
-        hidden_BTD = _hidden(speaker, batch)
-        logp_BT, entropy_BT = _speech(speaker.trunk, hidden_BTD, batch, temperature, True)
+        stream = _read(speaker, batch)
+        logp_BT, entropy_BT = _speech(speaker, stream, batch, temperature, True)
         if not self.together(policy, value):
-            hidden_BTD = _hidden(judge, batch)
-        return logp_BT, entropy_BT, _values(self._head(value), hidden_BTD, batch)
+            stream = _read(judge, batch)
+        return logp_BT, entropy_BT, _values(self._head(value), stream, batch)
 
     def acts(self, policy: str, q: Sequence[str], targets: Sequence[str], value: str, batch: Tokens) -> Acts:
         """Log-probabilities and values of every action, by one pass through the policy's trunk and adapter.
@@ -167,22 +181,23 @@ class Cast:
         Nothing of size V is kept off the action rows, and no gradient flows from `targets`. A token with nothing before
         it is no action. Raises PalateError for a role that sits elsewhere or has no head of its kind.
         """
-        seat = self.seat(policy)
-        state_BSD = _before(_hidden(seat, batch))
+        seat, stream = self.seat(policy), _read(self.seat(policy), batch)
         asked_BT = _asked(batch)
-        state_ND, token_N = state_BSD[asked_BT[:, 1:]], batch.tokens_BT[asked_BT]
-        every_NV = seat.trunk.logits(state_ND)[:, : seat.trunk.vocabulary].log_softmax(-1)
-        seen_NV = every_NV.detach()
+        token_N, state_ND = batch.tokens_BT[asked_BT], stream.at(_before(stream.last_BT)[asked_BT[:, 1:]])
+        said = seat.trunk.words(state_ND, token_N, entropy=True)
+        assert said.entropy_N is not None
         value_N = self._beside(policy, value, ScalarHead)(state_ND)
+        worth = [self._beside(policy, role, ActionHead).taken(state_ND, token_N) for role in q]
         with torch.no_grad():
-            target_HNV = tuple(self._beside(policy, role, ActionHead)(state_ND) for role in targets)
+            slow = [self._beside(policy, role, ActionHead).taken(state_ND, token_N) for role in targets]
         return Acts(
             asked_BT=asked_BT,
             token_N=token_N,
-            logp_N=every_NV.gather(-1, token_N[:, None])[:, 0],
-            entropy_N=-(seen_NV.exp() * seen_NV).sum(-1),
-            q_HNV=tuple(self._beside(policy, role, ActionHead)(state_ND) for role in q),
-            target_HNV=target_HNV,
+            logp_N=said.logp_N,
+            entropy_N=said.entropy_N.detach(),
+            q_HN=tuple(one.logit_N for one in worth),
+            total_HN=tuple(one.total_N for one in worth),
+            target_HN=tuple(one.logit_N for one in slow),
             value_N=value_N,
             after_N=losses.next_value(_place(asked_BT, value_N), asked_BT)[asked_BT],
         )
@@ -202,12 +217,13 @@ class Cast:
 
     def scores(self, role: str, batch: Tokens) -> Tensor:
         """The head's output B at the last real token of each row (detail 18), gain and bias applied."""
-        # The last column is the last real token's state: Trunk.hidden repeats it over the padding.
-        return self._head(role)(_hidden(self.seat(role), batch)[:, -1])
+        stream = _read(self.seat(role), batch)
+        return self._head(role)(stream.at(stream.last_BT[:, -1]))  # behind the last real token its state is repeated
 
     def token_scores(self, role: str, batch: Tokens) -> Tensor:
         """The head's output B×T at each token itself, gain and bias applied; 0 on padding."""
-        return self._head(role)(_hidden(self.seat(role), batch)).masked_fill(~batch.real_BT, 0.0)
+        stream = _read(self.seat(role), batch)
+        return _spread(self._head(role)(stream.hidden_ND), stream.last_BT).masked_fill(~batch.real_BT, 0.0)
 
     def _head(self, role: str) -> ScalarHead:
         head = self.seat(role).head
@@ -298,22 +314,14 @@ def _head_parameters(seat: Seat) -> dict[str, nn.Parameter]:
     return dict(seat.head.named_parameters()) if seat.head is not None else {}
 
 
-def _hidden(seat: Seat, batch: Tokens) -> Tensor:
+def _read(seat: Seat, batch: Tokens) -> Stream:
     with wear(seat.adapter):
-        return seat.trunk.hidden(batch.tokens_BT, batch.real_BT)
+        return seat.trunk.read(batch.tokens_BT, batch.real_BT)
 
 
-def _before(state_BT: Tensor) -> Tensor:
-    """The entry of the place before, along T; column 0 falls away. The one shift: place t−1 speaks of token t."""
-    return state_BT[:, :-1]
-
-
-def _rows(trunk: Trunk, hidden_BTD: Tensor, batch: Tokens, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(asked_BT, tokens_N, every_NV): which cells have a log-probability, their tokens, and every token's there."""
-    asked_BT = _asked(batch)
-    speaking_BS = asked_BT[:, 1:]
-    logits_NV = trunk.logits(_before(hidden_BTD)[speaking_BS])[:, : trunk.vocabulary] / temperature
-    return asked_BT, batch.tokens_BT[:, 1:][speaking_BS], logits_NV.log_softmax(-1)
+def _before(place_BT: Tensor) -> Tensor:
+    """The entry of the place before, along T; one column falls away. The one shift: place t−1 speaks of token t."""
+    return place_BT[:, :-1]
 
 
 def _asked(batch: Tokens) -> Tensor:
@@ -321,22 +329,33 @@ def _asked(batch: Tokens) -> Tensor:
     return batch.action_BT & (position_ids(batch.real_BT) > 0)
 
 
+def _words(
+    seat: Seat, stream: Stream, batch: Tokens, temperature: float, entropy: bool, likeliest: bool = False
+) -> tuple[Tensor, Words]:
+    """(asked_BT, words): which cells have a log-probability, and what is said of their tokens, in their order."""
+    asked_BT = _asked(batch)
+    state_ND = stream.at(_before(stream.last_BT)[asked_BT[:, 1:]])
+    with wear(seat.adapter):
+        return asked_BT, seat.trunk.words(state_ND, batch.tokens_BT[asked_BT], temperature, entropy, likeliest)
+
+
 def _place(asked_BT: Tensor, x_N: Tensor) -> Tensor:
     """Numbers of the asked cells at their places, zeros elsewhere."""
     return x_N.new_zeros(asked_BT.shape).masked_scatter(asked_BT, x_N)
 
 
-def _speech(
-    trunk: Trunk, hidden_BTD: Tensor, batch: Tokens, temperature: float, entropy: bool
-) -> tuple[Tensor, Tensor]:
+def _spread(x_N: Tensor, place: Tensor) -> Tensor:
+    """Numbers of a stream at some of its places, which may repeat."""
+    return functional.embedding(place, x_N[:, None])[..., 0]
+
+
+def _speech(seat: Seat, stream: Stream, batch: Tokens, temperature: float, entropy: bool) -> tuple[Tensor, Tensor]:
     """Log-probabilities B×T of the action tokens and, if asked, entropies B×T; zeros elsewhere."""
-    asked_BT, tokens_N, every_NV = _rows(trunk, hidden_BTD, batch, temperature)
-    logp_BT = _place(asked_BT, every_NV.gather(-1, tokens_N[:, None])[:, 0])
-    if not entropy:
-        return logp_BT, torch.zeros_like(logp_BT)
-    return logp_BT, _place(asked_BT, -(every_NV.exp() * every_NV).sum(-1))
+    asked_BT, said = _words(seat, stream, batch, temperature, entropy)
+    logp_BT = _place(asked_BT, said.logp_N)
+    return logp_BT, torch.zeros_like(logp_BT) if said.entropy_N is None else _place(asked_BT, said.entropy_N)
 
 
-def _values(head: ScalarHead, hidden_BTD: Tensor, batch: Tokens) -> Tensor:
-    value_BT = functional.pad(head(_before(hidden_BTD)), (1, 0))
+def _values(head: ScalarHead, stream: Stream, batch: Tokens) -> Tensor:
+    value_BT = functional.pad(_spread(head(stream.hidden_ND), _before(stream.last_BT)), (1, 0))
     return value_BT.masked_fill(position_ids(batch.real_BT) == 0, 0.0)

@@ -25,6 +25,8 @@ from palate.data.encoding import Encoding
 from palate.metrics import lookup
 from palate.models.heads import ActionHead, ScalarHead
 from palate.models.make import make
+from palate.models.trunk import Stream
+from palate.models.words import Shape, Words, words
 from palate.records import Message, Rated
 from palate.settings import PalateError, build
 from palate.stages import _rows
@@ -52,12 +54,11 @@ class Numbered:
 
     vocabulary = 4
 
-    def hidden(self, tokens_BT: Tensor, real_BT: Tensor) -> Tensor:
-        rows, columns = tokens_BT.shape
-        return torch.eye(8)[: rows * columns].reshape(rows, columns, 8)
+    def read(self, tokens_BT: Tensor, real_BT: Tensor) -> Stream:
+        return Stream(torch.eye(8)[: tokens_BT.numel()], torch.arange(tokens_BT.numel()).view_as(tokens_BT))
 
-    def logits(self, hidden_ND: Tensor) -> Tensor:
-        return hidden_ND @ table("policy_logits")
+    def words(self, hidden_ND: Tensor, token_N: Tensor, **asked: Any) -> Words:
+        return words(lambda h_ND: h_ND @ table("policy_logits"), hidden_ND, token_N, 4, Shape(), **asked)
 
 
 def table(name: str) -> Tensor:
@@ -71,7 +72,7 @@ def head(name: str) -> ActionHead | ScalarHead:
     found = ScalarHead(8) if name == "v" else ActionHead(8, 4)
     layer = nn.Linear(8, table(name).shape[1], bias=False)
     layer.weight = nn.Parameter(table(name).T.contiguous())
-    found.layers = layer  # type: ignore[assignment]
+    found.layers = layer if name == "v" else nn.Sequential(layer)
     return found
 
 
@@ -125,9 +126,9 @@ def twin(change: Callable[[Acts], Acts]) -> type[Cast]:
 TWINS: dict[str, Callable[[Acts], Acts]] = {
     "the last action bootstraps": lambda a: replace(a, after_N=torch.tensor([0.195, 0.062, -0.153, 0.334, -0.071])),
     "values are of the state after": lambda a: replace(a, value_N=a.value_N.roll(-1)),
-    "no slow copies": lambda a: replace(a, target_HNV=a.q_HNV),
-    "one of two": lambda a: replace(a, q_HNV=a.q_HNV[:1]),
-    "actions of the place before": lambda a: replace(a, token_N=a.token_N.roll(1)),
+    "no slow copies": lambda a: replace(a, target_HN=a.q_HN),
+    "one of two": lambda a: replace(a, q_HN=a.q_HN[:1], total_HN=a.total_HN[:1]),
+    "actions of the place before": lambda a: replace(a, q_HN=tuple(q_N.roll(1) for q_N in a.q_HN)),
 }
 
 

@@ -155,6 +155,52 @@ def ilql_negated(*args: Any, **more: Any) -> dict[str, Tensor]:
     return {name: -x for name, x in losses.ilql(*args, **more).items()}
 
 
+def ilql_taken_inputs() -> dict[str, Any]:
+    draws = [random(7, seed=20 + i) for i in range(10)]
+    return {
+        "q_HN": (draws[0], draws[1]),
+        "total_HN": (draws[0].abs() + 1, draws[1].abs() + 2),
+        "target_HN": (draws[2], draws[3]),
+        **dict(zip(("v_N", "next_v_N", "reward_N", "logp_N"), draws[4:8], strict=True)),
+        "tau": 0.7,
+        "gamma": 0.9,
+        "beta": 1.5,
+    }
+
+
+def check_ilql_taken(ilql_taken: Formula) -> None:
+    x = ilql_taken_inputs()
+    expected = torch.zeros(4, 7, dtype=torch.float64)
+    for n in range(7):
+        (q1, q2), (all1, all2), (slow1, slow2) = (
+            [float(h[n]) for h in x[k]] for k in ("q_HN", "total_HN", "target_HN")
+        )
+        v, after, reward, logp = (float(x[k][n]) for k in ("v_N", "next_v_N", "reward_N", "logp_N"))
+        goal, u = reward + x["gamma"] * after, min(slow1, slow2) - v
+        expected[:, n] = doubles(
+            [
+                (q1 - goal) ** 2 + (q2 - goal) ** 2,
+                (x["tau"] if u >= 0 else 1 - x["tau"]) * u * u,
+                all1 - q1 + all2 - q2,
+                -logp * math.exp(x["beta"] * u),
+            ]
+        )
+    found = ilql_taken(**x)
+    assert list(found) == ["q", "v", "cql", "awac"]
+    equal(torch.stack(list(found.values())), expected)
+
+
+ILQL_TAKEN_TWINS: dict[str, Formula] = {
+    "sign_flipped": lambda **x: {name: -term for name, term in losses.ilql_taken(**x).items()},
+    "expectile_upside_down": with_argument(losses.ilql_taken, "tau", lambda tau: 1 - tau),
+    "undiscounted": altered(losses.ilql_taken, gamma=1.0),
+    "behaviour_cloned": altered(losses.ilql_taken, beta=0.0),
+    "one_head": lambda **x: losses.ilql_taken(**{**x, "q_HN": x["q_HN"][:1], "total_HN": x["total_HN"][:1]}),
+    "one_target_head": with_argument(losses.ilql_taken, "target_HN", lambda heads: heads[:1]),
+    "targets_trained": lambda **x: losses.ilql_taken(**{**x, "target_HN": x["q_HN"]}),
+    "unnormalised": with_argument(losses.ilql_taken, "total_HN", lambda heads: [0 * head for head in heads]),
+}
+
 ILQL_TWINS: dict[str, Formula] = {
     "sign_flipped": ilql_negated,
     "mask_dropped": lambda **x: losses.ilql(
@@ -204,4 +250,5 @@ CLAIMS = [
         value_dropped=with_argument(losses.ilql_logits, "v_N", torch.zeros_like),
     ),
     Claim(losses.ilql, check_ilql, ILQL_TWINS),
+    Claim(losses.ilql_taken, check_ilql_taken, ILQL_TAKEN_TWINS),
 ]

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from palate.batches import Tokens
 from palate.cast import Cast, Layout, Seat, assemble
 from palate.models.heads import ActionHead, ScalarHead, fresh_action_head
 from palate.models.load import Loaded, load
+from palate.models.lora import wear
 from palate.models.make import Make, make
 from palate.models.save import Card, save
 from palate.models.seats import ACTING
@@ -92,11 +93,24 @@ def test_one_pass_says_what_every_role_says_alone(layout: str):
     torch.testing.assert_close(acts.logp_N, cast.logp("policy", batch)[acts.asked_BT])
     torch.testing.assert_close(acts.value_N, cast.values("value", batch)[acts.asked_BT])
     torch.testing.assert_close(acts.entropy_N, cast.logp("policy", batch, entropy=True)[1][acts.asked_BT])
-    assert [q.shape for q in (*acts.q_HNV, *acts.target_HNV)] == [(18, cast.seat("q1").trunk.vocabulary)] * 4
-    assert not any(q.requires_grad for q in acts.target_HNV)
+    states = _states(cast, batch)
+    for role, found in zip(("q1", "q2", "target_q1", "target_q2"), (*acts.q_HN, *acts.target_HN), strict=True):
+        worth_NV = cast.seat(role).head(states)
+        torch.testing.assert_close(found, worth_NV.gather(-1, acts.token_N[:, None])[:, 0])
+        if role in ("q1", "q2"):
+            torch.testing.assert_close(acts.total_HN[int(role[1]) - 1], worth_NV.logsumexp(-1))
+    assert not any(q.requires_grad for q in acts.target_HN)
     ends = acts.after_N.reshape(3, 6)
     assert torch.equal(ends[:, :-1], acts.value_N.reshape(3, 6)[:, 1:])
     assert not ends[:, -1].any()
+
+
+def _states(cast: Cast, batch: Tokens) -> Tensor:
+    """The policy's states before each action, one after the other."""
+    seat = cast.seat("policy")
+    with wear(seat.adapter):
+        hidden = seat.trunk.hidden(batch.tokens_BT, batch.real_BT)
+    return hidden[:, :-1][batch.action_BT[:, 1:]]
 
 
 def test_the_slow_ones_begin_as_copies_and_never_train():

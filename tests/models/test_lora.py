@@ -95,6 +95,7 @@ def test_adapter_law_checkpointed_gradients_equal_plain_ones(build, family):
 def test_without_remembering_the_adapter_the_gradients_would_be_wrong(build):
     """The sabotaged twin: checkpointing that forgets what was worn gives other gradients, and no error."""
     trunk = _adapted(build, "llama", "policy", "value")
+    trunk.packs = False  # how a stream attends would be forgotten too, which other shapes give away
     plain = _gradients(trunk, None)
     trunk.checkpoint_activations()
     trunk.model.activation_checkpointing_enable({"use_reentrant": False})

@@ -83,20 +83,17 @@ class Algorithm(Choice):
     def loss(self, cast: Cast, batch: Trajectories) -> Loss:
         """Q, V, CQL and AWAC, each averaged over the actions; one pass through the trunk gives all of them."""
         acts = cast.acts("policy", self._q, self.moves, "value", batch)
-        terms_N = losses.ilql(
-            acts.q_HNV,
-            acts.target_HNV,
+        terms_N = losses.ilql_taken(
+            acts.q_HN,
+            acts.total_HN,
+            acts.target_HN,
             acts.value_N,
             acts.after_N,
             batch.reward_BT[acts.asked_BT],
             acts.logp_N,
-            torch.ones_like(acts.token_N, dtype=torch.bool),
             self.tau,
             self.gamma,
-            self.cql_scale,
-            self.awac_scale,
             self.beta,
-            acts.token_N,
         )
         terms = {
             "loss/q": Term(terms_N["q"].sum(), "tokens"),
@@ -115,8 +112,7 @@ class Algorithm(Choice):
 
 def _metrics(acts: Acts) -> dict[str, Mean]:
     count = float(acts.token_N.numel())
-    taken_HN = [q_NV.gather(-1, acts.token_N[:, None])[:, 0] for q_NV in acts.target_HNV]
-    least_N, value_N = torch.stack(taken_HN).amin(0), acts.value_N.detach()
+    least_N, value_N = torch.stack(acts.target_HN).amin(0), acts.value_N.detach()
     return {
         "qvalues/mean": Mean(least_N.sum(), count),
         "values/mean": Mean(value_N.sum(), count),

@@ -28,6 +28,7 @@ from palate.losses.offline import Heads as Heads
 from palate.losses.offline import expectile_error as expectile_error
 from palate.losses.offline import ilql as ilql
 from palate.losses.offline import ilql_logits as ilql_logits
+from palate.losses.offline import ilql_taken as ilql_taken
 from palate.losses.offline import next_value as next_value
 from palate.losses.policy import added_mix as added_mix
 from palate.losses.policy import cispo as cispo

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from palate.losses.numeric import bounded, cross_entropy, keep, row_logp, widen
+from palate.losses.numeric import bounded, keep, widen
 
 Heads = Tensor | Sequence[Tensor]
 """One Q head, several, or several stacked in the first dimension."""
@@ -46,22 +46,54 @@ def ilql(
     comes last because nothing else says which of the A values is meant. Cells off the mask may hold anything.
     """
     here_BT = mask_BT.bool()
-    action_N, v_N, logp_N = action_BT[here_BT].long(), widen(v_BT[here_BT]), widen(logp_BT[here_BT])
+    action_N = action_BT[here_BT].long()
     q_HNA = [q_BTA[here_BT] for q_BTA in _heads(q_BTA, mask_BT.dim())]
     target_HNA = [q_BTA[here_BT] for q_BTA in _heads(target_q_BTA, mask_BT.dim())]
-    bellman_N = (widen(reward_BT[here_BT]) + gamma * widen(next_v_BT[here_BT])).detach()
-    u_N = _least(target_HNA, action_N).detach() - v_N
-    weight_N = bounded(beta * u_N, v_BT, logp_BT).exp().detach()
-    terms_N = {
-        "q": torch.stack([(_taken(q_NA, action_N) - bellman_N).square() for q_NA in q_HNA]).sum(0),
-        "v": expectile_error(u_N, tau),
-        "cql": torch.stack([-row_logp(q_NA, action_N) for q_NA in q_HNA]).sum(0),
-        "awac": weight_N * cross_entropy(logp_N, torch.ones_like(action_N)),
-    }
+    v_N, after_N, reward_N, logp_N = (x_BT[here_BT] for x_BT in (v_BT, next_v_BT, reward_BT, logp_BT))
+    terms_N = ilql_taken(
+        [_taken(q_NA, action_N) for q_NA in q_HNA],
+        [widen(q_NA).logsumexp(-1) for q_NA in q_HNA],
+        [_taken(q_NA, action_N) for q_NA in target_HNA],
+        v_N,
+        after_N,
+        reward_N,
+        logp_N,
+        tau,
+        gamma,
+        beta,
+    )
     terms_N["total"] = terms_N["q"] + terms_N["v"] + cql_weight * terms_N["cql"] + awac_weight * terms_N["awac"]
     return {
         name: torch.zeros(here_BT.shape, dtype=x_N.dtype, device=x_N.device).masked_scatter(here_BT, x_N)
         for name, x_N in terms_N.items()
+    }
+
+
+def ilql_taken(
+    q_HN: Sequence[Tensor],
+    total_HN: Sequence[Tensor],
+    target_HN: Sequence[Tensor],
+    v_N: Tensor,
+    next_v_N: Tensor,
+    reward_N: Tensor,
+    logp_N: Tensor,
+    tau: float,
+    gamma: float,
+    beta: float,
+) -> dict[str, Tensor]:
+    """The four terms of `ilql`, N each, from what they read alone: no head's V numbers have to be held.
+
+    Of each Q head `q_HN` is the value of the action taken and `total_HN` log Σ exp over all actions; `target_HN` are
+    the target heads' values of the action taken.
+    """
+    bellman_N = (widen(reward_N) + gamma * widen(next_v_N)).detach()
+    u_N = torch.stack([widen(q_N) for q_N in target_HN]).amin(0).detach() - widen(v_N)
+    weight_N = bounded(beta * u_N, v_N, logp_N).exp().detach()
+    return {
+        "q": torch.stack([(widen(q_N) - bellman_N).square() for q_N in q_HN]).sum(0),
+        "v": expectile_error(u_N, tau),
+        "cql": torch.stack([widen(all_N) - widen(q_N) for q_N, all_N in zip(q_HN, total_HN, strict=True)]).sum(0),
+        "awac": -weight_N * widen(logp_N),
     }
 
 
@@ -104,7 +136,3 @@ def _heads(q: Heads, leading: int) -> Sequence[Tensor]:
 
 def _taken(q_NA: Tensor, action_N: Tensor) -> Tensor:
     return widen(q_NA.gather(-1, action_N[:, None])[:, 0])
-
-
-def _least(q_HNA: Sequence[Tensor], action_N: Tensor) -> Tensor:
-    return torch.stack([_taken(q_NA, action_N) for q_NA in q_HNA]).amin(0)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from palate import randomness
+from palate.models.words import Shape, Words, words
 
 HeadKind = Literal["linear", "mlp"]
 HeadInit = Literal["reference", "zero", "coati"]
@@ -55,6 +56,12 @@ class ActionHead(nn.Module):
     def forward(self, hidden_ND: Tensor) -> Tensor:
         """… × D → … × V, float32 whatever the trunk's dtype."""
         return self.layers(hidden_ND.float())
+
+    def taken(self, hidden_ND: Tensor, token_N: Tensor) -> Words:
+        """What one token of each row is worth, and log Σ exp over all V, without ever holding N×V numbers."""
+        *before, last = self.layers
+        inner_ND = nn.Sequential(*before)(hidden_ND.float())
+        return words(last, inner_ND, token_N, self.tokens, Shape())
 
 
 Head = ScalarHead | ActionHead

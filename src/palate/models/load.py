@@ -50,7 +50,7 @@ class Loading(Settings):
     device: str = "auto"
     """Where the weights go: auto takes the GPU where there is one, or write cpu, cuda, cuda:1."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] | None = None
-    """transformers' attention implementation; left out, transformers chooses."""
+    """transformers' attention implementation, on padded rows; left out, rows are packed and nothing is padded."""
     make_causal: bool = False
     """Give an encoder family that can be a decoder (RoBERTa, BERT) its causal mask, so that it may be a policy."""
     end_token: str | None = None
@@ -130,6 +130,8 @@ def load(path: str | Path, use: Use = "policy", how: Loading | None = None) -> L
     trunk = Trunk(model, min(tokenizer.size, rows))
     if use == "policy":
         _check_policy(path, trunk, tokenizer)
+    if how.attention is not None:  # what was asked for is what runs: on padded rows
+        trunk.packs = False
     if how.checkpoint_activations:
         trunk.checkpoint_activations()
     placed = {role: one.to(how.place) for role, one in heads.items()}

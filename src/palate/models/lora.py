@@ -7,7 +7,7 @@ trunk; the context variable that `wear` sets decides which of them is heard.
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import cast
 
@@ -38,13 +38,9 @@ def wear(name: str | None) -> Generator[None]:
         _worn.reset(token)
 
 
-def remember_adapter() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """`context_fn` for torch.utils.checkpoint: the recomputation wears what the forward pass wore.
-
-    Without it the backward pass would recompute with whatever is worn by then, and the gradients would silently
-    belong to another function than the loss.
-    """
-    return nullcontext(), wear(_worn.get())
+def worn() -> str | None:
+    """The adapter that is worn here."""
+    return _worn.get()
 
 
 class LowRank(nn.Module):
@@ -63,11 +59,11 @@ class LowRank(nn.Module):
 
 def _speak(layer: nn.Module, given: tuple[Tensor, ...], output: Tensor) -> Tensor:
     """Forward hook of an adapted layer: add the worn adapter's term, if this layer has it."""
-    worn = _worn.get()
+    name = _worn.get()
     here = cast(nn.ModuleDict, getattr(layer, PLACE))
-    if worn is None or worn not in here:
+    if name is None or name not in here:
         return output
-    return output + here[worn](given[0]).to(output.dtype)
+    return output + here[name](given[0]).to(output.dtype)
 
 
 def add_adapter(

@@ -1,22 +1,27 @@
 """A trunk: a transformers model seen as tokens → hidden states → logits, for any family, with any padding.
 
-Rows are compacted before the model sees them: pads move to the right and columns of padding are dropped.
-Afterwards every padded cell is given the hidden state of the last real token before it, as in
-lm-human-preferences (docs/ppo_details.md, detail 6). So where the padding is, how much of it there is and which
-ids it holds cannot matter, whatever a family does about positions and masks.
+Rows are packed before the model sees them: one stream of real tokens, common beginnings told once (`packed`). Families
+whose attention does not ask transformers' registry get rows with their pads on the right. Either way a padded cell has
+the state of the last real token before it, as in lm-human-preferences (docs/ppo_details.md, detail 6). So where the
+padding is, how much of it there is and which ids it holds cannot matter, whatever a family does about positions.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import DynamicCache, PreTrainedModel
 
-from palate.models.lora import remember_adapter
+from palate.models import linear, words
+from palate.models.attention import Bypassed, Layout, laid_out, remembered
+from palate.models.packed import pack
+from palate.models.words import Shape, Words
 from palate.settings import PalateError
 
 T = TypeVar("T")
@@ -30,12 +35,28 @@ def position_ids(real_BT: Tensor) -> Tensor:
     return real.cumsum(-1) - real
 
 
+@dataclass(frozen=True)
+class Stream:
+    """What a trunk made of a batch: the states of N tokens, and where each cell of the batch finds its own.
+
+    `last_BT` is the place of the last real token at or before a cell (of the row's first, where there is none yet).
+    """
+
+    hidden_ND: Tensor
+    last_BT: Tensor
+
+    def at(self, place: Tensor) -> Tensor:
+        """The states at some places of the stream, … × D; places may repeat."""
+        return functional.embedding(place, self.hidden_ND)
+
+
 class Trunk(nn.Module):
     """tokens → hidden states → logits. Dropout is off for good, so two passes over a batch agree exactly.
 
     `vocabulary` is how many ids the tokenizer has: logits of ids at or beyond it are −inf. `causal` is
-    measured, not believed: hidden states must not move when a later token is edited. `speaks` is False where
-    the model has no language-model head (a reward or value trunk). `width` is D, `context` the longest sequence.
+    measured, not believed: hidden states must not move when a later token is edited. `packs` says that rows go through
+    as one stream without pads; measured too. `speaks` is False where the model has no language-model head (a reward or
+    value trunk). `width` is D, `context` the longest sequence.
 
     Raises PalateError when the logits computed here would differ from the model's own.
     """
@@ -47,14 +68,19 @@ class Trunk(nn.Module):
         self.recomputes = False
         self.computes_on: torch.device | None = None
         _silence_dropout(model)
+        linear.speed_up(model)
         self.first_position, self.context = _positions(self.base)
         takes = inspect.signature(self.base.forward).parameters
         self.caches = "past_key_values" in takes
         self._takes_positions = "position_ids" in takes
         # Any id would do in a padded cell; the model's own pad id would make transformers warn of a missing mask.
         self._filler = 1 if model.config.pad_token_id == 0 else 0
-        self.causal = False
+        self._kinds = "token_type_ids" in takes and any(
+            "token_type_ids" in name for name, _ in self.base.named_buffers()
+        )
+        self.causal = self.packs = False
         self.causal, self.width = _measure(self)
+        self.packs = _packs(self)
         self._head = _find_head(self)
 
     def forward(self, work: Callable[[], T]) -> T:
@@ -88,7 +114,7 @@ class Trunk(nn.Module):
 
     def checkpoint_activations(self) -> None:
         """Keep only the blocks' inputs for the backward pass and compute the rest again: memory for time."""
-        how = {"use_reentrant": False, "context_fn": remember_adapter}
+        how = {"use_reentrant": False, "context_fn": remembered}
         model: Any = self.model
         # Renamed within transformers 5; both take the checkpoint function's arguments first.
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
@@ -103,35 +129,81 @@ class Trunk(nn.Module):
 
         Raises PalateError when a row has more real tokens than the context.
         """
-        return self(lambda: self._hidden(tokens_BT, real_BT))
+        stream = self.read(tokens_BT, real_BT)
+        return stream.at(stream.last_BT)
 
-    def _hidden(self, tokens_BT: Tensor, real_BT: Tensor) -> Tensor:
+    def read(self, tokens_BT: Tensor, real_BT: Tensor) -> Stream:
+        """The same as a stream, in which no pad is and a common beginning of neighbouring rows is only once."""
+        return self(lambda: self._read(tokens_BT, real_BT))
+
+    def _read(self, tokens_BT: Tensor, real_BT: Tensor) -> Stream:
         self._set_training(self.recomputes and torch.is_grad_enabled())
-        packed_BS, exists_BS = _compact(tokens_BT, real_BT, self._filler)
-        self._check_length(packed_BS.shape[1])
-        more: dict[str, Any] = {} if self.causal else {"attention_mask": exists_BS.long()}
-        if self.first_position:
-            more["position_ids"] = position_ids(torch.ones_like(packed_BS)) + self.first_position
+        self._check_length(int(real_BT.sum(-1).max()))
+        if not self.packs:
+            return self._read_padded(tokens_BT, real_BT)
+        packed = pack(tokens_BT, real_BT, share=self.causal)
+        return Stream(self._run(packed.tokens_N, packed.position_N, packed), packed.last_BT)
+
+    def run(self, tokens_N: Tensor, position_N: Tensor, layout: Layout) -> Tensor:
+        """States N×D of a stream whose attention follows `layout`; for trunks that pack. Positions count from 0."""
+        return self(lambda: self._run(tokens_N, position_N, layout))
+
+    def _run(self, tokens_N: Tensor, position_N: Tensor, layout: Layout) -> Tensor:
+        more: dict[str, Any] = {}
+        if self._takes_positions:
+            more["position_ids"] = position_N[None] + self.first_position
         if self.caches:
             more["use_cache"] = False
-        hidden_BSD = cast(Tensor, self.base(input_ids=packed_BS, **more).last_hidden_state)
-        if packed_BS.shape == tokens_BT.shape and bool(real_BT.all()):
-            return hidden_BSD
+        if self._kinds:  # these families keep a table of zeros as long as their context; a stream may be longer
+            more["token_type_ids"] = torch.zeros_like(tokens_N[None])
+        with laid_out(self.base, layout):
+            return cast(Tensor, self.base(input_ids=tokens_N[None], **more).last_hidden_state)[0]
+
+    def _read_padded(self, tokens_BT: Tensor, real_BT: Tensor) -> Stream:
+        rows_BS, exists_BS = _compact(tokens_BT, real_BT, self._filler)
+        more: dict[str, Any] = {} if self.causal else {"attention_mask": exists_BS.long()}
+        if self.first_position:
+            more["position_ids"] = position_ids(torch.ones_like(rows_BS)) + self.first_position
+        if self.caches:
+            more["use_cache"] = False
+        hidden_BSD = cast(Tensor, self.base(input_ids=rows_BS, **more).last_hidden_state)
         last_BT = (real_BT.long().cumsum(-1) - 1).clamp(min=0)
-        return hidden_BSD.gather(1, last_BT[..., None].expand(-1, -1, hidden_BSD.shape[-1]))
+        begin_B = torch.arange(rows_BS.shape[0], device=rows_BS.device) * rows_BS.shape[1]
+        return Stream(hidden_BSD.flatten(0, 1), last_BT + begin_B[:, None])
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Next-token logits N×V in float32, −inf at ids that are not the tokenizer's."""
+        head = self._require_speech()
+        logits_NV: Tensor = self(lambda: _head_logits(self.model, head, hidden_ND))
+        if self.vocabulary < logits_NV.shape[-1]:
+            logits_NV[..., self.vocabulary :] = float("-inf")
+        return logits_NV
+
+    def words(
+        self,
+        hidden_ND: Tensor,
+        token_N: Tensor,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        likeliest: bool = False,
+    ) -> Words:
+        """What the language-model head says of each row's own token, without ever holding N×V logits."""
+        self._require_speech()
+        head, shape = self.head, _shape(self.model, temperature)
+        return self(lambda: words.words(head, hidden_ND, token_N, self.vocabulary, shape, entropy, likeliest))
+
+    @property
+    def head(self) -> nn.Module:
+        """The language-model head: hidden states to the logits that `Shape` then scales."""
+        return self.model.get_submodule(self._require_speech())
+
+    def _require_speech(self) -> str:
         if self._head is None:
             raise PalateError(
                 f"{self.family}: this model has no language-model head, so it cannot be a policy. "
                 "Give the folder of a causal language model."
             )
-        head = self._head
-        logits_NV: Tensor = self(lambda: _head_logits(self.model, head, hidden_ND))
-        if self.vocabulary < logits_NV.shape[-1]:
-            logits_NV[..., self.vocabulary :] = float("-inf")
-        return logits_NV
+        return self._head
 
     def extend(self, tokens_BS: Tensor, real_BL: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """Hidden states B×S×D of S new tokens after the L−S in `cache` (None at the start), and the cache.
@@ -214,15 +286,13 @@ def _positions(base: PreTrainedModel) -> tuple[int, int]:
 
 def _head_logits(model: PreTrainedModel, head: str, hidden: Tensor) -> Tensor:
     """The head's output in float32, scaled (Cohere, Granite) or capped (Gemma) as the family does."""
+    return words.shaped(cast(Tensor, model.get_submodule(head)(hidden)).float(), _shape(model, 1.0))
+
+
+def _shape(model: PreTrainedModel, temperature: float) -> Shape:
     config: Any = model.config.get_text_config()
-    logits = cast(Tensor, model.get_submodule(head)(hidden)).float()
-    if scale := getattr(config, "logit_scale", None):
-        logits = logits * scale
-    if divisor := getattr(config, "logits_scaling", None):
-        logits = logits / divisor
-    if cap := getattr(config, "final_logit_softcapping", None):
-        logits = torch.tanh(logits / cap) * cap
-    return logits
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return Shape(scale, getattr(config, "final_logit_softcapping", None), temperature)
 
 
 def _probe(trunk: Trunk) -> tuple[Tensor, Tensor, Tensor]:
@@ -241,6 +311,31 @@ def _measure(trunk: Trunk) -> tuple[bool, int]:
     before, after = trunk.hidden(tokens, real).float(), trunk.hidden(edited, real).float()
     moved = (before - after)[:, :-1].abs().max()
     return bool(moved <= 1e-6 * before.abs().max()), before.shape[-1]
+
+
+@torch.no_grad()
+def _packs(trunk: Trunk) -> bool:
+    """Whether rows of a stream do not see one another and give the states of padded rows; by trying it.
+
+    Families whose layers look only at a part of the past by a mask of their own are left on the padded path: short
+    rows could not show the difference.
+    """
+    config: Any = trunk.model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds - {"full_attention", "sliding_attention"} or getattr(config, "attention_chunk_size", None):
+        return False
+    tokens, _, _ = _probe(trunk)
+    rows = torch.stack([tokens[0], tokens[0].flip(0), tokens[0].roll(3)])
+    real = torch.arange(8, device=tokens.device) < torch.tensor([[8], [3], [5]], device=tokens.device)
+    expected = trunk.hidden(rows, real)
+    trunk.packs = True
+    try:
+        found = trunk.hidden(rows, real)
+    except (Bypassed, RuntimeError, ValueError, TypeError, KeyError):
+        return False
+    finally:
+        trunk.packs = False
+    return _close(found.float(), expected.float(), trunk.dtype)
 
 
 @torch.no_grad()

@@ -1,0 +1,160 @@
+"""Linear layers by the fastest matrix product of this machine, and activations in one pass over memory.
+
+On CPUs torch multiplies float32 matrices by MKL, which keeps off the widest instructions of some makers. torch brings
+a second library along, oneDNN, for other formats; one private operator reaches it with float32. Which of the two is
+faster is measured once in a process, by the three products of a training step, and can be given: `use("plain")`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import MethodType
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.activations import NewGELUActivation
+from transformers.pytorch_utils import Conv1D
+
+Backend = Literal["plain", "onednn"]
+
+_ROWS, _IN, _OUT = 1024, 256, 1024
+"""The product that is measured: a small model's, with a micro-batch of tokens."""
+_GAIN = 1.03
+"""How much faster oneDNN has to be: below it the plain path keeps, which is torch's own."""
+
+_chosen: Backend | None = None
+
+
+def backend() -> Backend:
+    """The back end of this process, measured when first asked for."""
+    global _chosen
+    if _chosen is None:
+        _chosen = measured()
+    return _chosen
+
+
+def use(chosen: Backend | None) -> None:
+    """Choose the back end; None measures again when it is next asked for. `onednn` holds only where it is there."""
+    global _chosen
+    _chosen = "plain" if chosen == "onednn" and not _agrees() else chosen
+
+
+@torch.no_grad()
+def measured() -> Backend:
+    """The faster back end for one layer's forward pass and both of its gradients; about 50 ms."""
+    if not _agrees():
+        return "plain"
+    x_NI, y_NO, w_OI = torch.ones(_ROWS, _IN), torch.ones(_ROWS, _OUT), torch.ones(_OUT, _IN)
+
+    def plain() -> None:
+        _ = functional.linear(x_NI, w_OI), y_NO @ w_OI, x_NI.t() @ y_NO
+
+    def onednn() -> None:
+        _ = _product(x_NI, w_OI), _product(y_NO, w_OI.t()), _product(x_NI.t(), y_NO.t())
+
+    for way in (plain, onednn):  # the first calls set things up
+        way()
+    seconds: dict[Callable[[], None], list[float]] = {plain: [], onednn: []}
+    for _ in range(5):
+        for way, found in seconds.items():
+            start = time.perf_counter()
+            way()
+            found.append(time.perf_counter() - start)
+    return "onednn" if min(seconds[onednn]) * _GAIN < min(seconds[plain]) else "plain"
+
+
+@torch.no_grad()
+def _agrees() -> bool:
+    """Whether the private operator is there and multiplies as torch does, whole matrices and transposed views."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    x_NI = torch.arange(24.0).view(4, 6) % 7 - 3
+    w_OI = torch.arange(30.0).view(5, 6) % 5 - 2
+    try:
+        ways = (_product(x_NI, w_OI), _product(x_NI, w_OI.t().contiguous().t()), _product(w_OI, x_NI).t())
+        return all(torch.allclose(found, x_NI @ w_OI.t(), atol=1e-5) for found in ways)
+    except (RuntimeError, AttributeError):
+        return False
+
+
+def _product(x_NI: Tensor, w_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x wᵀ + b by oneDNN; `w_OI` may be a transposed view. Private in torch, so nothing else calls it."""
+    return torch.ops.mkldnn._linear_pointwise(x_NI, w_OI, bias_O, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    """x wᵀ + b with its two gradients by oneDNN. The matrix that has to be turned over is always the smaller one."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NI: Tensor, w_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_NI, w_OI)
+        return _product(x_NI, w_OI, bias_O)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x_NI, w_OI = ctx.saved_tensors
+        needs_x, needs_w, needs_b = ctx.needs_input_grad
+        return (
+            input_gradient(grad_NO, w_OI) if needs_x else None,
+            weight_gradient(grad_NO, x_NI) if needs_w else None,
+            grad_NO.sum(0) if needs_b else None,
+        )
+
+
+def input_gradient(grad_NO: Tensor, w_OI: Tensor) -> Tensor:
+    """grad · w, what a linear layer passes down."""
+    return _product(grad_NO, w_OI.t()) if fast(grad_NO, w_OI) else grad_NO @ w_OI
+
+
+def weight_gradient(grad_NO: Tensor, x_NI: Tensor) -> Tensor:
+    """gradᵀ · x, O×I."""
+    if not fast(grad_NO, x_NI):
+        return grad_NO.t() @ x_NI
+    if x_NI.shape[1] <= grad_NO.shape[1]:
+        return _product(x_NI.t(), grad_NO.t()).t()
+    return _product(grad_NO.t(), x_NI.t())
+
+
+def linear(x_NI: Tensor, w_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x wᵀ + b by the chosen back end, for any leading shape; differentiable."""
+    if not fast(x_NI, w_OI) or not x_NI.numel():
+        return functional.linear(x_NI, w_OI, bias_O)
+    flat_NI = x_NI.reshape(-1, x_NI.shape[-1])
+    learns = torch.is_grad_enabled() and (x_NI.requires_grad or w_OI.requires_grad)
+    found = cast(Tensor, _Linear.apply(flat_NI, w_OI, bias_O)) if learns else _product(flat_NI, w_OI, bias_O)
+    return found.view(*x_NI.shape[:-1], w_OI.shape[0])
+
+
+def fast(x: Tensor, w: Tensor) -> bool:
+    """Whether oneDNN is chosen and can multiply the two: float32 on a CPU, outside of autocast."""
+    ours = x.dtype == w.dtype == torch.float32 and x.device.type == w.device.type == "cpu"
+    return ours and backend() == "onednn" and not torch.is_autocast_enabled("cpu")
+
+
+def speed_up(model: nn.Module) -> None:
+    """Let every linear layer of a model multiply by the chosen back end, and GELU's tanh form run as one kernel.
+
+    Modules stay transformers' own and give the same numbers up to rounding; only how they compute changes.
+    """
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.forward = MethodType(_of_linear, module)
+        elif type(module) is Conv1D:
+            module.forward = MethodType(_of_conv1d, module)
+        elif type(module) is NewGELUActivation:
+            module.forward = MethodType(_gelu, module)
+
+
+def _of_linear(layer: nn.Linear, input: Tensor) -> Tensor:
+    return linear(input, layer.weight, layer.bias)
+
+
+def _of_conv1d(layer: Conv1D, x: Tensor) -> Tensor:
+    return linear(x, cast(Tensor, layer.weight).t(), cast(Tensor, layer.bias))
+
+
+def _gelu(layer: nn.Module, input: Tensor) -> Tensor:
+    return functional.gelu(input, approximate="tanh")
