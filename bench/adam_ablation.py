@@ -22,6 +22,7 @@ from torch import Tensor
 from palate import parallel, run, step
 from palate.batches import Experience, Loss
 from palate.cast import Cast, assemble
+from palate.cutting import Microbatch
 from palate.data.encode import encode_prompts
 from palate.data.source import load as read
 from palate.engines.local import LocalEngine
@@ -109,7 +110,7 @@ def two_updates(recorded: Recorded, variant: str, rate: float, eps: float) -> Tr
     after: list[Mapping[str, float]] = []
     gradient_N = torch.zeros(0)
     for update in range(2):
-        stepper.step(recorded.experience, recorded.loss, recorded.stage.microbatch_size, rate)
+        stepper.step(recorded.experience, recorded.loss, Microbatch(recorded.stage.microbatch_size), rate)
         if update == 0:
             gradient_N = _gradient(stepper)
         after.append(change(recorded))
@@ -127,7 +128,7 @@ def _gradient(stepper: step.Stepper) -> Tensor:
 def change(recorded: Recorded) -> dict[str, float]:
     """The published table's figures: the policy now against the log-probabilities that were recorded."""
     experience = recorded.experience
-    parts = experience.split(recorded.stage.microbatch_size)
+    parts = experience.split(recorded.stage.microbatch_size or experience.size)
     logp_BT = torch.cat([recorded.cast.logp("policy", part, experience.temperature) for part in parts])
     diff = (logp_BT - experience.logp_BT)[experience.action_BT].double()
     ratio, advantage = diff.exp(), experience.advantage_BT[experience.action_BT]

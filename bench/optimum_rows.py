@@ -34,7 +34,7 @@ class Row:
 
 def _sides(k: int = 1) -> Settings:
     """Two passes over a rollout, two minibatches each."""
-    passes = {"num_iterations": 2, "num_mini_batches": 2, "rollout_forward_batch_size": BATCH}
+    passes = {"num_iterations": 2, "num_mini_batches": 2}
     return {**passes, "num_generations": k} if k > 1 else passes
 
 
@@ -51,7 +51,7 @@ def _loss(estimator: str) -> dict[str, Any]:
 
 
 def _ppo(beta: float) -> Settings:
-    passes = {"num_ppo_epochs": 2, "num_mini_batches": 2, "rollout_forward_batch_size": BATCH}
+    passes = {"num_ppo_epochs": 2, "num_mini_batches": 2}
     return {"kind": "ppo", "kl_coef": beta, "lam": 1.0, "vf_coef": 0.5, "cliprange_value": 1.0, **passes}
 
 
@@ -60,7 +60,7 @@ def _online_dpo(label: str) -> Callable[[float], Settings]:
 
 
 def _dpo(**settings: Any) -> Callable[[float], Settings]:
-    return lambda beta: {"kind": "dpo", "beta": beta, "reference_batch_size": 2 * BATCH, **settings}
+    return lambda beta: {"kind": "dpo", "beta": beta, **settings}
 
 
 def _best(beta: float) -> Settings:
@@ -123,7 +123,7 @@ ROWS: dict[str, Row] = {
     ),
     "ipo, mean": Row(_dpo(loss_type="ipo"), {0.5: (0.82, 0.90), 0.1: (0.88, 0.94)}, "τ over the length", **_PAIRS),
     "kto": Row(
-        lambda beta: {"kind": "kto", "beta": beta, "forward_batch_size": BATCH},
+        lambda beta: {"kind": "kto", "beta": beta},
         {0.5: (0.72, 0.82), 0.1: (0.75, 0.84)},
         "not Bradley–Terry",
         shape="labelled",

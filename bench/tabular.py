@@ -57,7 +57,7 @@ class Table:
         """What KTO asks of a seat: how long a row may be."""
         return SimpleNamespace(trunk=SimpleNamespace(context=CONTEXT))
 
-    def chunked(self, batch: Tokens, rows: int, speak: Callable[[Tokens], Tensor]) -> Tensor:
+    def chunked(self, batch: Tokens, speak: Callable[[Tokens], Tensor]) -> Tensor:
         """The whole batch in one piece, without gradient."""
         return speak(batch).detach()
 

@@ -20,6 +20,7 @@ from palate import credit
 from palate.algorithms import ppo
 from palate.batches import Experience, Rollouts, Scored, Tokens
 from palate.cast import Cast, Layout, assemble
+from palate.cutting import Microbatch
 from palate.data.encode import PromptRow
 from palate.engines.engine import Sampling
 from palate.engines.local import LocalEngine
@@ -58,7 +59,7 @@ class Written:
     def values(self, role: str, batch: Tokens) -> Tensor:
         return self._placed(role, batch)
 
-    def chunked(self, batch: Tokens, rows: int, speak: Callable[[Tokens], Tensor]) -> Tensor:
+    def chunked(self, batch: Tokens, speak: Callable[[Tokens], Tensor]) -> Tensor:
         return speak(batch)
 
     def score(self, answers: Answers) -> Verdict:
@@ -225,12 +226,12 @@ def test_the_first_minibatch_of_a_real_policy(layout: str, old: Any) -> None:
     algorithm = ppo.Algorithm(old_logprobs=old)
     batch = experience(algorithm, seats, scored)
     stepper = Stepper(seats.parameters(algorithm.trains), Optimiser(learning_rate=1e-3), World())
-    seen = stepper.step(batch, lambda part: algorithm.loss(seats, part), 4, 1e-3)
+    seen = stepper.step(batch, lambda part: algorithm.loss(seats, part), Microbatch(rows=4), 1e-3)
     assert seen["val/ratio"] == pytest.approx(1.0, abs=1e-5)
     assert seen["policy/approxkl_avg"] < 1e-9
     assert seen["policy/clipfrac_avg"] == seen["val/clipfrac_avg"] == 0.0
     assert abs(seen["loss/policy_avg"]) < 1e-5
-    later = stepper.step(batch, lambda part: algorithm.loss(seats, part), 4, 1e-3)
+    later = stepper.step(batch, lambda part: algorithm.loss(seats, part), Microbatch(rows=4), 1e-3)
     assert later["policy/approxkl_avg"] > 1e-7  # the step did move the policy
 
 
@@ -259,9 +260,8 @@ def test_advantages_are_white_and_chunks_do_not_matter() -> None:
     said = whole.advantage_BT[whole.action_BT]
     assert said.mean().item() == pytest.approx(0.0, abs=1e-6)
     assert said.var(correction=0).item() == pytest.approx(1.0, abs=1e-5)
-    for rows in (1, 4):
-        algorithm = ppo.Algorithm(whiten_rewards=True, score_position="after", rollout_forward_batch_size=rows)
-        parts = experience(algorithm, seats, scored)
+    for seats.budget in (1, 50):
+        parts = experience(ppo.Algorithm(whiten_rewards=True, score_position="after"), seats, scored)
         for name in ("logp_BT", "value_BT", "returns_BT", "advantage_BT"):
             torch.testing.assert_close(getattr(parts, name), getattr(whole, name), atol=1e-5, rtol=1e-5)
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from palate.batches import Loss, Mean, Rows, Term
+from palate.cutting import Microbatch
 from palate.parallel import World
 from palate.settings import NotFinite, PalateError
 from palate.step import Optimiser, Stepper
@@ -59,7 +60,7 @@ class Line:
         return Loss({"square": Term(error_B.square().sum(), "rows")}, seen)
 
     def step(self, batch: Points, microbatch: int = 12) -> dict[str, float]:
-        return self.stepper.step(batch, self.loss, microbatch, 1e-2)
+        return self.stepper.step(batch, self.loss, Microbatch(rows=microbatch), 1e-2)
 
     def everything(self) -> dict[str, Tensor]:
         """Weights and Adam's state, as copies."""
@@ -99,7 +100,7 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_moves_nothing() -> No
         return Loss({"root": Term((line.weight[0] * part.x_BD[:, 0]).abs().sqrt().sum(), "rows")}, {})
 
     with pytest.raises(NotFinite, match=r"^gradient norm: not a finite number"):
-        line.stepper.step(points(), root, 4, 1e-2)
+        line.stepper.step(points(), root, Microbatch(rows=4), 1e-2)
     assert same(line.everything(), before)
 
 
@@ -139,12 +140,13 @@ def at_most(rows: int, fault: Callable[[], BaseException]) -> Callable[[Points],
 def test_memory_that_runs_out_halves_the_micro_batch_and_keeps_the_gradient(name: str) -> None:
     line, plenty = Line(), Line()
     line.before = at_most(4, FAULTS[name])
-    found, expected = (x.stepper.gradient(points(), x.loss, 12) for x in (line, plenty))
+    found, expected = (x.stepper.gradient(points(), x.loss, Microbatch(rows=12)) for x in (line, plenty))
     for parameter, gradient in expected.items():
         assert torch.allclose(found[parameter], gradient, rtol=1e-6, atol=1e-6)
-    assert line.stepper.most_rows == 3
+    assert line.stepper.most == Microbatch(rows=3)
     [told] = line.told
-    assert "micro-batch of 12 rows. From now on it has 3; the gradient is the same" in told
+    assert "micro-batch of 12 rows. From now on it has 3 rows; the gradient is the same" in told
+    assert "Set microbatch_size: 3 to begin" in told
     assert line.step(points()).keys() == plenty.step(points()).keys()
     assert len(line.told) == 1, "told once"
 
@@ -183,7 +185,7 @@ def test_nothing_of_the_failed_try_is_held_when_the_next_begins() -> None:
 
     line.before, line.after = watch, keep_watch
     line.step(points())
-    assert line.stepper.most_rows == 3
+    assert line.stepper.most == Microbatch(rows=3)
     first_of_each_try = [alive[0], alive[1], alive[3]]  # tries: one part of 12; two of 6; four of 3
     assert first_of_each_try == [0, 0, 0]
 
@@ -203,7 +205,7 @@ def test_another_fault_is_not_taken_for_a_lack_of_memory() -> None:
     line.before = at_most(4, lambda: RuntimeError("shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="shapes"):
         line.step(points())
-    assert line.stepper.most_rows is None
+    assert line.stepper.most == Microbatch()
 
 
 @pytest.mark.slow
@@ -221,7 +223,7 @@ def test_a_real_stage_whose_memory_runs_out(tmp_path: Path) -> None:
     assert found["gone on"] == {"grew": found["gone on"]["grew"], "fault": ""}
     said = (tmp_path / "short" / "1-sft" / "warnings.jsonl").read_text().splitlines()
     assert len(said) == 1, "once, and not again after a stop: the size is in the checkpoint"
-    assert "micro-batch of 32 rows. From now on it has 16" in said[0]
+    assert "micro-batch of 32 rows. From now on it has 16 rows" in said[0]
     ours, theirs = (load_file(tmp_path / n / "1-sft" / "model" / "model.safetensors") for n in ("short", "free-16"))
     assert same(ours, theirs)
     assert found["greedy"]["fault"].startswith("PalateError: memory: one row with its gradient does not fit")

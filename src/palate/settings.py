@@ -48,6 +48,14 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f" Did you mean {close[0]!r}?" if close else ""
 
 
+_GONE = dict.fromkeys(
+    ("rollout_forward_batch_size", "forward_batch_size", "reference_batch_size"),
+    "passes without gradient follow the stage's tokens_per_microbatch now, which memory chooses when it is left out. "
+    "Delete the line.",
+)
+"""Settings of earlier versions, and what to do instead."""
+
+
 class Settings(BaseModel):
     """A frozen value that refuses keys it does not know. The docstring under a field is its help text."""
 
@@ -64,6 +72,8 @@ class Settings(BaseModel):
     def _know_every_key(cls, given: Any) -> Any:
         if isinstance(given, dict):
             for key in cast(dict[str, Any], given):
+                if key in _GONE and key not in cls.model_fields:
+                    raise ValueError(f"{key!r} is gone: {_GONE[key]}")
                 if key not in cls.model_fields:
                     known = ", ".join(sorted(cls.model_fields))
                     raise ValueError(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from palate import optim
 from palate.batches import Loss, Rows
+from palate.cutting import Microbatch, cut, lengths, neighbours
 from palate.parallel import World, local, part_like, whole, whole_like
 from palate.randomness import permutation
 from palate.settings import NotFinite, PalateError, Settings
@@ -57,11 +58,11 @@ class Optimiser(Settings):
 
 @dataclass(frozen=True)
 class Job:
-    """A batch, what is minimised on it, and how many of its rows a forward pass takes."""
+    """A batch, what is minimised on it, and how much of it a forward pass takes at most."""
 
     batch: Rows
     loss: LossFunction[Any]
-    microbatch: int
+    microbatch: Microbatch
 
 
 class Average:
@@ -133,11 +134,11 @@ class Stepper:
             weight_decay=settings.weight_decay,
             local=local,
         )
-        self.most_rows: int | None = None
-        """The rows of a micro-batch that memory was found to hold; none where it never ran out."""
+        self.most = Microbatch()
+        """The micro-batch that memory was found to hold; no limit where it never ran out."""
 
     def step(
-        self, batch: R, loss: LossFunction[R], microbatch: int, rate: float, beside: Sequence[Job] = ()
+        self, batch: R, loss: LossFunction[R], microbatch: Microbatch, rate: float, beside: Sequence[Job] = ()
     ) -> dict[str, float]:
         """Move the weights once, by the gradient of `loss` over the whole of `batch`, and of what is learnt beside it.
 
@@ -160,7 +161,7 @@ class Stepper:
             self.average.follow()
         return {**means, **terms, "grad_norm": norm, "lr": rate}
 
-    def gradient(self, batch: R, loss: LossFunction[R], microbatch: int) -> dict[str, Tensor]:
+    def gradient(self, batch: R, loss: LossFunction[R], microbatch: Microbatch) -> dict[str, Tensor]:
         """The gradient that `step` would follow, whole, by parameter name; weights stay as they are."""
         self._gradient([Job(batch, loss, microbatch)])
         found = {
@@ -177,32 +178,32 @@ class Stepper:
 
     def _gradient(self, jobs: Sequence[Job]) -> tuple[dict[str, float], dict[str, float]]:
         """Gradients in place, summed over jobs and ranks; returns the averaged metrics and the terms of the losses."""
-        held = self.most_rows
+        held, tried = self.most, ""
         while True:
             self.forget()
             seen = _Averages()
             short = next((job for job in jobs if self.world.any(self._accumulate(job, seen))), None)
             if short is None:
                 break
-            self._halve(self.world.rows_each(short.batch.size, self._rows(short)))
-        if self.most_rows != held:
+            tried = tried or short.microbatch.within(held).said()
+            self.most = self._finer(short)
+        if self.most != held:
             self.tell(
-                f"memory ran out with a micro-batch of {jobs[0].microbatch} rows. From now on it has {self.most_rows}; "
-                f"the gradient is the same. Set microbatch_size: {self.most_rows} to begin with that."
+                f"memory ran out with a micro-batch of {tried}. From now on it has {self.most.said()}; the gradient is "
+                f"the same. Set {self.most.settings()} to begin with that."
             )
         self.world.sum_gradients(self.parameters)
         return self.world.sum_means(seen.means), self.world.sum(seen.terms)
 
-    def _rows(self, job: Job) -> int:
-        """Rows of a micro-batch of a job, as far as memory is known to hold them."""
-        return min(job.microbatch, self.most_rows or job.microbatch)
+    def _parts(self, job: Job) -> list[Rows]:
+        """A job's micro-batches, as far as memory is known to hold them."""
+        return cut(neighbours(job.batch), job.microbatch.within(self.most), self.world)
 
     def _accumulate(self, job: Job, seen: _Averages) -> bool:
         """Forward and backward over this rank's parts; whether memory ran out on the way."""
         counts = job.batch.counts()
-        parts = list(job.batch.split(self.world.rows_each(job.batch.size, self._rows(job))))
         try:
-            for part, matters in self.world.deal(parts):
+            for part, matters in self.world.deal(self._parts(job)):
                 result = job.loss(part.trimmed())
                 weighted = [t.total * (t.weight / max(counts[t.per], 1.0)) for t in result.terms.values()]
                 (torch.stack(weighted).sum() * float(matters)).backward()
@@ -213,13 +214,17 @@ class Stepper:
             return True
         return False
 
-    def _halve(self, rows: int) -> None:
-        if rows == 1:
+    def _finer(self, job: Job) -> Microbatch:
+        """Half of the largest micro-batch of a job for which memory ran out, counted as its limit counts."""
+        large = [part for part in self._parts(job) if part.size > 1]
+        if not large:
             raise PalateError(
                 "memory: one row with its gradient does not fit. Shorten rows, train adapters, set "
                 "loading.checkpoint_activations, or take a smaller model."
             )
-        self.most_rows = rows // 2
+        if job.microbatch.tokens is not None:
+            return Microbatch(self.most.rows, max(sum(lengths(part)) for part in large) // 2)
+        return Microbatch(max(part.size for part in large) // 2, self.most.tokens)
 
     def _require_finite(self, found: Mapping[str, float]) -> None:
         broken = [name for name, value in found.items() if not math.isfinite(value)]

@@ -36,8 +36,8 @@ class Told:
         logp_BT = self.said[role][batch.tokens_BT[:, 0]][:, : batch.tokens_BT.shape[1]]
         return (logp_BT, torch.zeros_like(logp_BT)) if entropy else logp_BT
 
-    def chunked(self, batch: Tokens, rows: int, speak: Callable[[Tokens], Tensor]) -> Tensor:
-        return torch.cat([speak(part).detach() for part in batch.split(rows)])
+    def chunked(self, batch: Tokens, speak: Callable[[Tokens], Tensor]) -> Tensor:
+        return torch.cat([speak(part).detach() for part in batch.split(64)])
 
 
 def told(seed: int = 0, apart: float = 0.3) -> tuple[Told, Scored]:
@@ -116,7 +116,7 @@ class Table:
         logp_BT = torch.nn.functional.pad(table_logp(self.logits[role]), (1, 0))[batch.tokens_BT[:, 0]]
         return (logp_BT, torch.zeros_like(logp_BT)) if entropy else logp_BT
 
-    def chunked(self, batch: Tokens, rows: int, speak: Callable[[Tokens], Tensor]) -> Tensor:
+    def chunked(self, batch: Tokens, speak: Callable[[Tokens], Tensor]) -> Tensor:
         return speak(batch).detach()
 
 

@@ -31,8 +31,8 @@ class Scripted:
     def logp(self, role: str, batch: Tokens) -> Tensor:
         return self.said[role][batch.tokens_BT[:, 0]][:, : batch.tokens_BT.shape[1]]
 
-    def chunked(self, batch: Tokens, rows: int, speak: Callable[[Tokens], Tensor]) -> Tensor:
-        return torch.cat([speak(part) for part in batch.split(rows)])
+    def chunked(self, batch: Tokens, speak: Callable[[Tokens], Tensor]) -> Tensor:
+        return torch.cat([speak(part) for part in batch.split(64)])
 
 
 def golden(**changes: Any) -> tuple[Scripted, Pairs, dict[str, Any]]:

@@ -186,7 +186,7 @@ def pairs_case(layout: str = "separate") -> tuple[Cast, Pairs]:
 
 @torch.no_grad()
 def ready(cast: Cast, batch: Pairs) -> Pairs:
-    return ddpo.Algorithm(reference_batch_size=4).prepare(cast, batch)
+    return ddpo.Algorithm().prepare(cast, batch)
 
 
 def test_gamma_1_is_dpo_on_log_probabilities_per_token() -> None:

@@ -19,7 +19,7 @@ SOURCE = Path(__file__).resolve().parents[2] / "src" / "palate"
 LAYERS = (
     "records settings metrics randomness ranks",
     "batches losses credit optim",
-    "parallel checkpoint models cast step data",
+    "parallel checkpoint models cutting cast step data",
     "engines rewards judges evaluation diagnosis worlds algorithms",
     "stages run workspace stopping stage_folder tracking live provenance evidence",
     "cli cli_check cli_rank cli_show cli_sweep sweep check web door door_rows one_stage "

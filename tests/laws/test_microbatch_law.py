@@ -11,6 +11,7 @@ from torch import Tensor
 from palate.algorithms import ppo, reward, sft
 from palate.batches import Comparisons, Examples, Experience, Loss, Rollouts, Rows, Scored, Term, without_shown
 from palate.cast import Cast, Layout, assemble
+from palate.cutting import Microbatch
 from palate.models.make import Make, make
 from palate.parallel import World
 from palate.step import Optimiser, Stepper
@@ -68,7 +69,7 @@ def ppo_case(layout: str) -> tuple[Cast, Rows, object]:
     return cast, without_shown(experience), algorithm
 
 
-def gradients(cast: Cast, batch: Rows, algorithm: object, microbatch: int) -> dict[str, Tensor]:
+def gradients(cast: Cast, batch: Rows, algorithm: object, microbatch: int | Microbatch) -> dict[str, Tensor]:
     """What `Stepper.step` hands to the optimiser, caught before weights move."""
     parameters = cast.parameters(algorithm.trains)  # type: ignore[attr-defined]
     stepper = Stepper(parameters, Optimiser(learning_rate=0.0), World())
@@ -78,7 +79,8 @@ def gradients(cast: Cast, batch: Rows, algorithm: object, microbatch: int) -> di
         caught.update({n: p.grad.clone() for n, p in parameters.items() if p.grad is not None})
 
     stepper.adam.register_step_pre_hook(catch)
-    stepper.step(batch, lambda part: algorithm.loss(cast, part), microbatch, 0.0)  # type: ignore[attr-defined]
+    most = Microbatch(rows=microbatch) if isinstance(microbatch, int) else microbatch
+    stepper.step(batch, lambda part: algorithm.loss(cast, part), most, 0.0)  # type: ignore[attr-defined]
     return caught
 
 

@@ -24,6 +24,7 @@ from palate.algorithms import dpo, ilql, kto
 from palate.batches import Examples, Experience, Labelled, Loss, Pairs, Rollouts, Scored, Tokens, Trajectories
 from palate.cast import Cast, Seat
 from palate.checkpoint import CheckpointStore
+from palate.cutting import Microbatch
 from palate.engines.engine import Sampling
 from palate.engines.local import LocalEngine
 from palate.engines.publication import fingerprints
@@ -40,6 +41,7 @@ STRATEGIES = {"replicate": ("replicate", False), "zero2": ("zero2", False), "zer
 STRATEGIES |= {"zero3-offload": ("zero3", True)}
 LAYOUTS = {"sft": ("separate", "adapters"), "reward": ("separate", "adapters")}
 LAYOUTS |= {"ppo": ("separate", "shared", "adapters", "hydra")}
+TWO, ALL = Microbatch(rows=2), Microbatch()
 
 
 def law() -> ModuleType:
@@ -76,13 +78,13 @@ def stepper(cast: Cast, algorithm: object, world: World, **more: object) -> Step
 
 def gradients_are_those_of_one_rank(world: World, case: str, layout: str) -> None:
     cast, batch, algorithm = getattr(MICRO, f"{case}_case")(layout)
-    alone = stepper(cast, algorithm, World()).gradient(batch, lambda part: algorithm.loss(cast, part), batch.size)
+    alone = stepper(cast, algorithm, World()).gradient(batch, lambda part: algorithm.loss(cast, part), ALL)
     assert alone
     spread(cast, world)
     mine = stepper(cast, algorithm, world)
-    for rows in (1, 2, 64):
-        together = mine.gradient(batch, lambda part: algorithm.loss(cast, part), rows)
-        assert MICRO.distance(alone, together) < 1e-6, (rows, MICRO.distance(alone, together))
+    for most in (Microbatch(rows=1), TWO, ALL, Microbatch(tokens=12), Microbatch(tokens=1000), Microbatch(3, 25)):
+        together = mine.gradient(batch, lambda part: algorithm.loss(cast, part), most)
+        assert MICRO.distance(alone, together) < 1e-6, (most, MICRO.distance(alone, together))
 
 
 def weights_after_steps_are_those_of_one_rank(world: World, case: str, layout: str) -> None:
@@ -90,7 +92,7 @@ def weights_after_steps_are_those_of_one_rank(world: World, case: str, layout: s
     for where in (World(), world):
         cast, batch, algorithm = getattr(MICRO, f"{case}_case")(layout)
         walker = stepper(spread(cast, where), algorithm, where, max_grad_norm=0.5)
-        seen = [walker.step(batch, lambda part, c=cast, a=algorithm: a.loss(c, part), 2, 1e-3) for _ in range(4)]
+        seen = [walker.step(batch, lambda part, c=cast, a=algorithm: a.loss(c, part), TWO, 1e-3) for _ in range(4)]
         ends.append(({name: whole(p).clone() for name, p in cast.state(algorithm.trains).items()}, seen))
     (alone, heard_alone), (together, heard) = ends
     assert alone.keys() == together.keys()
@@ -112,7 +114,7 @@ def a_second_batch_an_average_and_a_moving_reference_are_those_of_one_rank(world
         walker = Stepper(cast.parameters(algorithm.trains), Optimiser(), where, average=average)
         beside = Job(texts, lambda part, c=cast: MICRO.sft.Algorithm().loss(c, part), 2)
         for _ in range(3):
-            walker.step(batch, lambda part, c=cast, a=algorithm: a.loss(c, part), 2, 1e-3, [beside])
+            walker.step(batch, lambda part, c=cast, a=algorithm: a.loss(c, part), TWO, 1e-3, [beside])
             cast.blend("policy", "reference", 0.5)
         kept = {name: x.clone() for name, x in walker.state().items() if name.startswith("average/")}
         with walker.averaged():
@@ -127,11 +129,12 @@ def a_second_batch_an_average_and_a_moving_reference_are_those_of_one_rank(world
 def statistics_of_a_rollout_are_those_of_one_rank(world: World, layout: str) -> None:
     """Whitening, the KL that steers its coefficient, returns: the whole rollout's, on every rank."""
     cast = MICRO.cast_for(("policy", "reference", "value"), layout)
+    cast.budget = 20
     tokens, real, action = MICRO.rows(5, 14, 9, 4, 11, 7, 8)
     noise = torch.randn(tokens.shape, generator=torch.Generator().manual_seed(6))
     rollouts = Rollouts(tokens, real, action, -2 + 0.1 * noise, torch.ones(7).bool(), torch.arange(7), 0, 0.8)
     scored = Scored(rollouts, noise[:, 0], torch.zeros(tokens.shape), {}, {"kl_coef": 0.1})
-    algorithm = MICRO.ppo.Algorithm(whiten_rewards=True, target_kl=0.1, rollout_forward_batch_size=2)
+    algorithm = MICRO.ppo.Algorithm(whiten_rewards=True, target_kl=0.1)
     found: list[Experience] = []
     for where in (World(), world):
         with torch.no_grad():
@@ -154,7 +157,7 @@ def a_term_of_the_whole_batch_is_that_of_one_rank(world: World) -> None:
     def term(where: World) -> Tensor:
         cast.world = where
         with torch.no_grad():
-            logp_BT = cast.chunked(shifted, 2, lambda part: cast.logp("policy", part))
+            logp_BT = cast.chunked(shifted, lambda part: cast.logp("policy", part))
         return logp_BT.sum(-1).mean().clamp(min=-100)
 
     alone = term(World())
@@ -171,11 +174,11 @@ def the_kl_term_of_thumbs_is_that_of_one_rank(world: World) -> None:
     batch = Labelled(*MICRO.rows(5, 14, 9, 4, 11), torch.tensor([True, False, False, True, False]))
     found: list[tuple[float, dict[str, Tensor]]] = []
     for where in (World(), world):
-        algorithm = kto.Algorithm(forward_batch_size=2)
+        algorithm = kto.Algorithm()
         walker = stepper(spread(cast, where), algorithm, where)
         with torch.no_grad():
             ready = algorithm.prepare(cast, batch)
-        found.append((ready.kl, walker.gradient(ready, lambda part, a=algorithm: a.loss(cast, part), 2)))
+        found.append((ready.kl, walker.gradient(ready, lambda part, a=algorithm: a.loss(cast, part), TWO)))
     (alone, slope), (together, other) = found
     assert alone > 1e-3
     assert abs(alone - together) < 1e-5
@@ -192,7 +195,7 @@ def values_of_actions_are_those_of_one_rank(world: World, layout: str) -> None:
         cast = spread(MICRO.cast_for((*algorithm.trains, *algorithm.moves), layout), where)
         walker = stepper(cast, algorithm, where)
         for step in range(1, 5):
-            walker.step(batch, lambda part, c=cast: algorithm.loss(c, part), 2, 1e-3)
+            walker.step(batch, lambda part, c=cast: algorithm.loss(c, part), TWO, 1e-3)
             algorithm.after(cast, step)
         ends.append({n: whole(x).clone() for n, x in cast.state(algorithm.trains, algorithm.moves).items()})
     assert ends[0].keys() == ends[1].keys()
@@ -208,13 +211,13 @@ def pairs_compared_across_the_batch_are_those_of_one_rank(world: World) -> None:
             parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
     tokens, real, action = (x.unflatten(0, (5, 2)) for x in MICRO.rows(5, 14, 9, 4, 11, 7, 8, 10, 6, 12))
     raw = Pairs(tokens, real, action, torch.ones(5), torch.zeros(5), torch.zeros_like(action))
-    algorithm = dpo.Algorithm(loss_type=("aot", "aot_unpaired", "bco_pair"), reference_batch_size=3)
+    algorithm = dpo.Algorithm(loss_type=("aot", "aot_unpaired", "bco_pair"))
     found: list[tuple[dpo.Judged, dict[str, Tensor]]] = []
     for where in (World(), world):
         walker = stepper(spread(cast, where), algorithm, where)
         with torch.no_grad():
             ready = algorithm.prepare(cast, raw)
-        found.append((ready, walker.gradient(ready, lambda part: algorithm.loss(cast, part), 2)))
+        found.append((ready, walker.gradient(ready, lambda part: algorithm.loss(cast, part), TWO)))
     (alone, slope), (together, other) = found
     for name in ("margin", "chosen", "rejected"):
         close(together.partner_B[name], alone.partner_B[name], 1e-5)
@@ -226,9 +229,9 @@ def pairs_compared_across_the_batch_are_those_of_one_rank(world: World) -> None:
 def a_batch_smaller_than_the_world_is_no_special_case(world: World) -> None:
     cast, batch, algorithm = MICRO.sft_case("separate")
     one = batch.select(torch.tensor([2]))
-    alone = stepper(cast, algorithm, World()).gradient(one, lambda part: algorithm.loss(cast, part), 8)
+    alone = stepper(cast, algorithm, World()).gradient(one, lambda part: algorithm.loss(cast, part), ALL)
     spread(cast, world)
-    together = stepper(cast, algorithm, world).gradient(one, lambda part: algorithm.loss(cast, part), 8)
+    together = stepper(cast, algorithm, world).gradient(one, lambda part: algorithm.loss(cast, part), ALL)
     assert MICRO.distance(alone, together) < 1e-6
 
 
@@ -250,7 +253,7 @@ def a_checkpoint_goes_on_anywhere(world: World, folder: Path) -> None:
 
     def walk(cast: Cast, algorithm: object, walker: Stepper, batch: Examples, steps: int) -> None:
         for _ in range(steps):
-            walker.step(batch, lambda part: algorithm.loss(cast, part), 2, 1e-3)  # type: ignore[attr-defined]
+            walker.step(batch, lambda part: algorithm.loss(cast, part), TWO, 1e-3)  # type: ignore[attr-defined]
 
     def begin(where: World) -> tuple[Cast, Examples, object, Stepper]:
         cast, batch, algorithm = MICRO.sft_case("adapters")
@@ -301,13 +304,13 @@ def a_step_that_is_nan_on_one_rank_is_taken_on_none(world: World) -> None:
         return replace(found, terms=terms)
 
     try:
-        walker.step(batch, loss, 2, 1e-3)
+        walker.step(batch, loss, TWO, 1e-3)
     except NotFinite:
         pass
     else:
         raise AssertionError("a step that was nan on rank 1 was taken")
     assert all(whole(p).equal(before[name]) for name, p in cast.state(algorithm.trains).items())
-    walker.step(batch, lambda part: algorithm.loss(cast, part), 2, 1e-3)
+    walker.step(batch, lambda part: algorithm.loss(cast, part), TWO, 1e-3)
 
 
 def weights_are_spread(world: World) -> None:
@@ -345,9 +348,9 @@ def _on_rank_one(world: World) -> None:
 def rows_come_together_in_their_order(world: World) -> None:
     every = Tokens(torch.arange(7)[:, None], torch.ones(7, 1).bool(), torch.ones(7, 1).bool())
     cast = Cast({}, world)
-    for rows in (1, 2, 3, 64):
-        found = cast.chunked(every, rows, lambda part: part.tokens_BT * 2.0)
-        assert found.equal(every.tokens_BT * 2.0), rows
+    for cast.budget in (1, 2, 3, 64):
+        found = cast.chunked(every, lambda part: part.tokens_BT * 2.0)
+        assert found.equal(every.tokens_BT * 2.0), cast.budget
 
 
 def gradients_that_are_averaged_are_noticed(world: World) -> None:
@@ -362,9 +365,9 @@ def gradients_that_are_averaged_are_noticed(world: World) -> None:
                     parameter.grad /= self.size
 
     cast, batch, algorithm = MICRO.sft_case("separate")
-    alone = stepper(cast, algorithm, World()).gradient(batch, lambda part: algorithm.loss(cast, part), 8)
+    alone = stepper(cast, algorithm, World()).gradient(batch, lambda part: algorithm.loss(cast, part), ALL)
     wrong = Averaging(world.rank, world.size, store=world.store)
-    together = stepper(cast, algorithm, wrong).gradient(batch, lambda part: algorithm.loss(cast, part), 8)
+    together = stepper(cast, algorithm, wrong).gradient(batch, lambda part: algorithm.loss(cast, part), ALL)
     assert MICRO.distance(alone, together) > 0.1
 
 

@@ -11,7 +11,6 @@ _LITTLE_PPO = (
     "stages.rlhf.total_episodes=16",
     "stages.rlhf.rollout_batch_size=8",
     "stages.rlhf.microbatch_size=4",
-    "stages.rlhf.algorithm.rollout_forward_batch_size=4",
 )
 
 _BOTH_OF_2019 = (

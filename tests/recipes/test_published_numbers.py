@@ -84,7 +84,7 @@ def test_the_tldr_work() -> None:
     assert (reward["batch_size"], reward["encoding"]["max_length"], reward["data"]["rows"]) == (64, 638, 92_832)
     _says(reward["normalise"], {"before": False, "after": True, "over": "demonstrations", "mean": 0.0, "std": None})
     _says(rlhf["algorithm"], {**PPO, "kl_coef": 0.05, "target_kl": None, "whiten_rewards": False})
-    _says(rlhf["algorithm"], {"score_position": "after", "rollout_forward_batch_size": 64})
+    _says(rlhf["algorithm"], {"score_position": "after"})
     assert (rlhf["model"], rlhf["value_model"]) == ("stage:sft", "stage:reward")
     assert (rlhf["total_episodes"], rlhf["rollout_batch_size"], rlhf["microbatch_size"]) == (1_000_000, 512, 16)
     _says(rlhf["sampling"], {"temperature": 0.7, "max_new_tokens": 53, "top_k": 0, "top_p": 1.0})

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from palate.cast import Cast
 from palate.models.heads import fresh_head
 from palate.models.load import Loaded, load
 from palate.models.make import Make, make
@@ -51,9 +52,9 @@ def read_last(loaded: Loaded, ids: list[int]) -> float:
     return float(loaded.head.last(hidden_D)[0] * 2.0 - 1.0)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 32])
+@pytest.mark.parametrize("budget", [1, 30, 4096])
 def test_the_same_tokenizer_reads_the_sampled_ids(
-    answered: Answered, tokenizer: Tokenizer, tmp_path: Path, batch_size: int
+    answered: Answered, tokenizer: Tokenizer, tmp_path: Path, budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also ids that the text would not encode to: what was sampled is what is read."""
     folder = judge(tmp_path, tokenizer)
@@ -61,7 +62,8 @@ def test_the_same_tokenizer_reads_the_sampled_ids(
     split = [tokenizer.encode(letter)[0] for letter in "warm"]
     answers = answered([*NOTES, split], [*PROMPTS, "Q"])
     assert tokenizer.encode(answers.completions[3]) != split, "the test needs ids that re-encoding would change"
-    verdict = Reward(model=str(folder), batch_size=batch_size).score(answers)
+    monkeypatch.setattr(Cast, "budget", budget)
+    verdict = Reward(model=str(folder)).score(answers)
     rows = answers.rollouts
     expected = [read_last(loaded, rows.tokens_BT[i][rows.real_BT[i]].tolist()) for i in range(4)]
     assert verdict.score_B.tolist() == pytest.approx(expected, abs=1e-5)

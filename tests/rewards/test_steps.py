@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from palate.cast import Cast
 from palate.models.load import load
 from palate.models.tokenizer import Tokenizer, train_bpe
 from palate.rewards.model import Reward
@@ -47,11 +48,14 @@ def test_a_token_that_holds_the_end_of_a_step_and_the_separator_is_the_steps(ans
     assert len(found[0]) == 2
 
 
-def test_each_step_is_scored_at_its_last_token(answered: Answered, tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_each_step_is_scored_at_its_last_token(
+    answered: Answered, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Cast, "budget", 1)  # a row at a time
     folder = judge(tmp_path, tokenizer)
     prompts = ["Why?", "A longer question, is it?"]
     answers = answered(["warm\nsweet", "round"], prompts)
-    verdict = Reward(model=str(folder), step_separator="\n", batch_size=1).score(answers)
+    verdict = Reward(model=str(folder), step_separator="\n").score(answers)
     loaded = load(folder, "reward")
     tokens = verdict.token_reward_BT
     assert tokens is not None

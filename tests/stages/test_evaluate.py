@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from palate.cast import Cast
 from palate.diagnosis import report
 from palate.live import Display
 from palate.models.load import load
@@ -105,10 +106,11 @@ def test_a_model_against_itself_ties_everywhere_at_no_distance(tmp_path: Path, m
     assert twin["kl"]["mean"] == pytest.approx(0, abs=1e-5)
 
 
-def test_batching_changes_nothing(tmp_path: Path, models: dict[str, str]) -> None:
+def test_batching_changes_nothing(tmp_path: Path, models: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     asked = {"models": {"a": models["one"], "b": models["two"]}, "prompts": PROMPTS, "rewards": {"gold": GOLD}}
     _, whole = evaluate(tmp_path, "whole", **asked)
-    _, one_by_one = evaluate(tmp_path, "single", **asked, batch_size=1)
+    monkeypatch.setattr(Cast, "budget", 1)  # a row at a time
+    _, one_by_one = evaluate(tmp_path, "single", **asked)
     kl, other = whole["models"]["b"].pop("kl"), one_by_one["models"]["b"].pop("kl")
     assert whole == one_by_one
     assert kl["mean"] == pytest.approx(other["mean"], rel=1e-5)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from palate import losses
 from palate.algorithms import ppo, sft
 from palate.batches import Examples, Loss, Rows, Term, Tokens
+from palate.cutting import Microbatch
 from palate.data.encode import TokenRow
 from palate.parallel import World
 from palate.settings import PalateError, Stopped, build
@@ -68,13 +69,13 @@ def total_of(mix: Mix, cast: Scripted, microbatch: int, policy: float = 0.37, va
             return {**super().counts(), "values": 2.0}
 
     batch = Answers(**vars(answers))
-    texts = Job(golden_texts(), lambda part: mix.loss(cast, part), microbatch)  # type: ignore[arg-type]
+    texts = Job(golden_texts(), lambda part: mix.loss(cast, part), Microbatch(rows=microbatch))  # type: ignore[arg-type]
     stepper = Stepper({"one": one, "logits": cast.logits_BTV}, Optimiser(), World())
     caught: dict[str, Tensor] = {}
     stepper.adam.register_step_pre_hook(
         lambda *_: caught.update(one=one.grad.clone(), ptx=cast.logits_BTV.grad.clone())
     )
-    seen = stepper.step(batch, objective, 1, 0.0, [texts])
+    seen = stepper.step(batch, objective, Microbatch(rows=1), 0.0, [texts])
     assert seen["loss/policy_avg"] == pytest.approx(policy, abs=1e-12)
     # The first job is linear in `one`, so its weighted total is its gradient there.
     return float(caught["one"]) + mix.settings.coef * seen["loss/pretraining_avg"], caught["ptx"]
@@ -129,8 +130,8 @@ def two_jobs(microbatch: int, texts_at_once: int) -> dict[str, Tensor]:
     stepper.adam.register_step_pre_hook(
         lambda *_: caught.update({n: p.grad.clone() for n, p in named.items() if p.grad is not None})
     )
-    beside = [Job(texts, lambda part: mix.loss(cast, part), texts_at_once)]
-    stepper.step(batch, lambda part: algorithm.loss(cast, part), microbatch, 0.0, beside)
+    beside = [Job(texts, lambda part: mix.loss(cast, part), Microbatch(rows=texts_at_once))]
+    stepper.step(batch, lambda part: algorithm.loss(cast, part), Microbatch(rows=microbatch), 0.0, beside)
     return caught
 
 
@@ -233,10 +234,10 @@ def test_the_average_is_what_its_recursion_says() -> None:
     weight = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
     average = Average({"w": weight}, 0.9)
     stepper = Stepper({"w": weight}, Optimiser(learning_rate=0.1, schedule="constant"), World(), average=average)
-    texts = golden_texts()
+    texts, one = golden_texts(), Microbatch(rows=1)
     expected, path = weight.detach().clone(), [weight.detach().clone()]
     for _ in range(5):
-        stepper.step(texts, lambda part: Loss({"l": Term(weight.square().sum() * part.size, "rows")}, {}), 1, 0.1)
+        stepper.step(texts, lambda part: Loss({"l": Term(weight.square().sum() * part.size, "rows")}, {}), one, 0.1)
         path.append(weight.detach().clone())
         expected = 0.9 * expected + 0.1 * path[-1]
     torch.testing.assert_close(average.averages["w"], expected, rtol=1e-12, atol=0)

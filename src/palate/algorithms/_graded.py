@@ -52,14 +52,14 @@ class Heard:
         return keep(x_B[:, None].expand_as(self.logp_BT), self.rows.action_BT)
 
 
-def hear(cast: Cast, rows: Rollouts, chunk: int, reference: bool, old: Literal["sampled", "recomputed"]) -> Heard:
+def hear(cast: Cast, rows: Rollouts, reference: bool, old: Literal["sampled", "recomputed"]) -> Heard:
     """Old log-probabilities, the sampler's own or a fresh pass, and with `reference` the reference's; no gradient."""
     tokens = Tokens(rows.tokens_BT, rows.real_BT, rows.action_BT)
     logp_BT, ref_BT = rows.logp_BT, torch.zeros_like(rows.logp_BT)
     if reference:
-        ref_BT = cast.chunked(tokens, chunk, lambda part: cast.logp("reference", part, rows.temperature))
+        ref_BT = cast.chunked(tokens, lambda part: cast.logp("reference", part, rows.temperature))
     if old == "recomputed":
-        logp_BT = cast.chunked(tokens, chunk, lambda part: cast.logp("policy", part, rows.temperature))
+        logp_BT = cast.chunked(tokens, lambda part: cast.logp("policy", part, rows.temperature))
     return Heard(rows, logp_BT, ref_BT, reference)
 
 

@@ -85,17 +85,17 @@ def logp(cast: Cast, role: str, batch: Pairs) -> Tensor:
     return cast.logp(role, batch.answers()).unflatten(0, (batch.size, 2))
 
 
-def logp_of_all(cast: Cast, role: str, batch: Pairs, rows: int) -> Tensor:
-    """The same of a whole batch without gradient, at most `rows` answers at a time and each rank its share."""
-    found = cast.chunked(batch.answers(), rows, lambda part: cast.logp(role, part))
+def logp_of_all(cast: Cast, role: str, batch: Pairs) -> Tensor:
+    """The same of a whole batch without gradient, a few thousand tokens at a time and each rank its share."""
+    found = cast.chunked(batch.answers(), lambda part: cast.logp(role, part))
     return found.unflatten(0, (batch.size, 2))
 
 
-def with_reference(cast: Cast, raw: Pairs, rows: int) -> Pairs:
+def with_reference(cast: Cast, raw: Pairs) -> Pairs:
     """The pairs with the reference's log-probabilities: those on disk, or else asked of the reference now."""
     if raw.ref_logp_BKT is not None:
         return raw
-    return replace(raw, ref_logp_BKT=logp_of_all(cast, "reference", raw, rows))
+    return replace(raw, ref_logp_BKT=logp_of_all(cast, "reference", raw))
 
 
 def answers(logp_BKT: Tensor, batch: Pairs, average: bool, ld_alpha: float = 1.0) -> Answers:

@@ -48,19 +48,18 @@ def hear(
     scored: Scored,
     position: Literal["last", "after"],
     old: Literal["sampled", "recomputed"],
-    chunk: int,
 ) -> Heard:
-    """Old log-probabilities, the reference's, and values; no gradient, `chunk` rows at a time."""
+    """Old log-probabilities, the reference's, and values; no gradient."""
     rows = scored.rollouts
     tokens, token_reward_BT = Tokens(rows.tokens_BT, rows.real_BT, rows.action_BT), scored.token_reward_BT
     sampled_BT = rows.logp_BT
     if position == "after":
         tokens, token_reward_BT, sampled_BT = _widen(tokens), _column(token_reward_BT), _column(sampled_BT)
-    value_BT = cast.chunked(tokens, chunk, lambda part: cast.values("value", part))
-    ref_BT = cast.chunked(tokens, chunk, lambda part: cast.logp("reference", part, rows.temperature))
+    value_BT = cast.chunked(tokens, lambda part: cast.values("value", part))
+    ref_BT = cast.chunked(tokens, lambda part: cast.logp("reference", part, rows.temperature))
     logp_BT = sampled_BT
     if old == "recomputed":
-        logp_BT = cast.chunked(tokens, chunk, lambda part: cast.logp("policy", part, rows.temperature))
+        logp_BT = cast.chunked(tokens, lambda part: cast.logp("policy", part, rows.temperature))
     mask_BT = tokens.action_BT
     value_mask_BT = mask_BT | _state_after(mask_BT, rows.limit) if position == "after" else mask_BT
     return Heard(tokens, token_reward_BT, sampled_BT, logp_BT, ref_BT, keep(value_BT, value_mask_BT), value_mask_BT)

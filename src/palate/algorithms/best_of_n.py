@@ -49,8 +49,6 @@ class Algorithm(Choice):
     """What weighs the same: each token of the answers, or each answer (mean −log p of its tokens)."""
     watch_kl: bool = False
     """Keep the start in memory to report the KL to it; nothing else reads it."""
-    rollout_forward_batch_size: int = Field(default=64, ge=1)
-    """Rows a forward pass takes when that KL is measured."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -87,7 +85,7 @@ class Algorithm(Choice):
 
     def prepare(self, cast: Cast, scored: Scored) -> Chosen:
         """The answers worth imitating, each with how many improvement steps keep it; no gradient."""
-        heard = _graded.hear(cast, scored.rollouts, self.rollout_forward_batch_size, self.watch_kl, "sampled")
+        heard = _graded.hear(cast, scored.rollouts, self.watch_kl, "sampled")
         earned_B = _graded.earned(scored)
         steps_B = self._steps(earned_B, scored.rollouts)
         kept_R = steps_B.nonzero()[:, 0]

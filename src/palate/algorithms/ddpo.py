@@ -35,8 +35,6 @@ class Algorithm(Choice):
     """Divide a score by its weights, |unchanged| + γ|corrected|; without it long corrections count more."""
     insertions: bool = True
     """Weigh, too, what was only inserted or only left out; otherwise what was replaced by something."""
-    reference_batch_size: int = Field(default=64, ge=1)
-    """Answers of one forward pass without gradient; changes memory, never the result."""
 
     @property
     def reads(self) -> str:
@@ -49,7 +47,7 @@ class Algorithm(Choice):
 
     def prepare(self, cast: Cast, raw: Pairs) -> Pairs:
         """The reference's log-probabilities."""
-        return _pairs.with_reference(cast, raw, self.reference_batch_size)
+        return _pairs.with_reference(cast, raw)
 
     def loss(self, cast: Cast, batch: Pairs) -> Loss:
         """−log σ(β · difference of the two scores' gains over the reference), averaged over pairs."""

@@ -61,8 +61,6 @@ class Algorithm(Choice):
     """Share of the policy in the reference after each of its moves; 1 is a copy."""
     ref_model_sync_steps: int = Field(default=512, ge=1)
     """Optimiser steps from one move of the reference to the next."""
-    reference_batch_size: int = Field(default=64, ge=1)
-    """Answers of one forward pass without gradient; changes memory, never the result."""
 
     @model_validator(mode="before")
     @classmethod
@@ -116,11 +114,10 @@ class Algorithm(Choice):
         """The reference's log-probabilities, and what losses of the whole batch make of the policy's."""
         if self.sync_ref and cast.seat("reference").trunk is cast.seat("policy").trunk:
             raise PalateError("sync_ref: the reference has no weights of its own to move. Use layout separate.")
-        size = self.reference_batch_size
-        pairs = raw if self.reference_free else _pairs.with_reference(cast, raw, size)
+        pairs = raw if self.reference_free else _pairs.with_reference(cast, raw)
         if not set(self.weights) & set(_pair_losses.WHOLE):
             return Judged(**vars(pairs))
-        said = self._said(_pairs.logp_of_all(cast, "policy", pairs, size), pairs)
+        said = self._said(_pairs.logp_of_all(cast, "policy", pairs), pairs)
         return Judged(**vars(pairs), **_pair_losses.of_the_whole(self, said))
 
     def loss(self, cast: Cast, batch: Judged) -> Loss:

@@ -72,8 +72,6 @@ class Algorithm(Choice):
     """Optimiser steps from one move of the reference towards the policy to the next (400 in R1); none: it stays."""
     ref_model_mixup_alpha: float = Field(default=1.0, gt=0, le=1)
     """Share of the policy in the reference after each of its moves; 1 is a copy."""
-    rollout_forward_batch_size: int = Field(default=64, ge=1)
-    """Rows a forward pass takes when references and old log-probabilities are computed."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -144,7 +142,7 @@ class Algorithm(Choice):
         if self.moves:
             _moving.require_movable(cast)
         rows = scored.rollouts
-        heard = _graded.hear(cast, rows, self.rollout_forward_batch_size, bool(self.beta), self.old_logprobs)
+        heard = _graded.hear(cast, rows, bool(self.beta), self.old_logprobs)
         earned_B, kl_B = _graded.earned(scored), heard.kl_BT.sum(-1)
         reward_B = earned_B + self._overlong(scored)
         paid_B = reward_B - self.beta * kl_B if self.kl_in == "reward" else reward_B

@@ -42,8 +42,6 @@ class Algorithm(Choice):
     """λ_D, the weight of answers with a thumb up."""
     undesirable_weight: float = Field(default=1.0, gt=0)
     """λ_U, the weight of answers with a thumb down."""
-    forward_batch_size: int = Field(default=16, ge=1)
-    """Rows of one forward pass without gradient; changes memory, never the result."""
 
     @property
     def rereads(self) -> str:
@@ -111,7 +109,7 @@ class Algorithm(Choice):
         """Nothing moves by itself."""
 
     def _say(self, cast: Cast, role: str, rows: Tokens) -> Tensor:
-        return cast.chunked(rows, self.forward_batch_size, lambda part: cast.logp(role, part))
+        return cast.chunked(rows, lambda part: cast.logp(role, part))
 
     def _point(self, cast: Cast, raw: Labelled, ref_BT: Tensor) -> float:
         """z in nats: the point from which an answer's log π − log π_ref counts as gained or lost."""

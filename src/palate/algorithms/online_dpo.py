@@ -51,8 +51,6 @@ class Algorithm(Choice):
     """Passes over one rollout."""
     num_mini_batches: int = Field(default=1, ge=1)
     """Optimiser steps in one pass; each takes its share of a fresh permutation of the pairs."""
-    rollout_forward_batch_size: int = Field(default=64, ge=1)
-    """Rows a forward pass takes when the reference reads the answers."""
 
     @property
     def group(self) -> int:
@@ -85,7 +83,7 @@ class Algorithm(Choice):
     def prepare(self, cast: Cast, scored: Scored) -> Duels:
         """Pairs with labels and the reference's log-probabilities; no gradient."""
         rows = scored.rollouts
-        heard = _graded.hear(cast, rows, self.rollout_forward_batch_size, True, "sampled")
+        heard = _graded.hear(cast, rows, True, "sampled")
         earned_B = widen(_graded.earned(scored))
         pair_RK, probability_R = self._judged(self._meetings(earned_B), earned_B, scored.key)
         margin_R = earned_B[pair_RK[:, 0]] - earned_B[pair_RK[:, 1]]

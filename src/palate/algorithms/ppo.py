@@ -73,8 +73,6 @@ class Algorithm(Choice):
     """Optimiser steps, or a rollout, from one move of the reference towards the policy to the next; none: it stays."""
     ref_model_mixup_alpha: float = Field(default=0.6, gt=0, le=1)
     """Share of the policy in the reference after each of its moves; 1 is a copy."""
-    rollout_forward_batch_size: int = Field(default=64, ge=1)
-    """Rows a forward pass takes when references, values and old log-probabilities are computed."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -116,7 +114,7 @@ class Algorithm(Choice):
         if self.moves:
             _moving.require_movable(cast)
         trained, remembered, scale = rollout.scaled(scored, self.scale_scores, self.center_scores)
-        heard = rollout.hear(cast, trained, self.score_position, self.old_logprobs, self.rollout_forward_batch_size)
+        heard = rollout.hear(cast, trained, self.score_position, self.old_logprobs)
         logp_BT, ref_BT, value_BT, mask_BT = heard.logp_BT, heard.ref_BT, heard.value_BT, heard.value_mask_BT
         kl_coef, said_BT = scored.memory["kl_coef"], heard.tokens.action_BT
         price, estimator = (kl_coef, self.kl_estimator) if self.kl_in == "reward" else (0.0, "k1")

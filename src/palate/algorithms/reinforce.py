@@ -54,8 +54,6 @@ class Algorithm(Choice):
     """Weigh samples by policy/sampler, per token or answer, truncated at the cap or masked beyond it."""
     importance_cap: float = Field(default=3.0, ge=1)
     """The largest weight a sample may have."""
-    rollout_forward_batch_size: int = Field(default=64, ge=1)
-    """Rows a forward pass takes when references and old log-probabilities are computed."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -91,7 +89,7 @@ class Algorithm(Choice):
     def prepare(self, cast: Cast, scored: Scored) -> Graded:
         """What each token still earns, against the baseline; no gradient."""
         rows = scored.rollouts
-        heard = _graded.hear(cast, rows, self.rollout_forward_batch_size, True, self.old_logprobs)
+        heard = _graded.hear(cast, rows, True, self.old_logprobs)
         earned_B, kl_B, said = _graded.earned(scored), heard.kl_BT.sum(-1), rows.action_BT
         paid_BT = credit.shape_reward(scored.score_B, heard.logp_BT, heard.ref_BT, said, self.kl_coef)
         reward_BT = keep(scored.token_reward_BT, said) + paid_BT + self._against(scored, earned_B)

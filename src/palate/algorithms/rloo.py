@@ -52,8 +52,6 @@ class Algorithm(Choice):
     """Weigh samples by policy/sampler, per token or answer, truncated at the cap or masked beyond it."""
     importance_cap: float = Field(default=3.0, ge=1)
     """The largest weight a sample may have."""
-    rollout_forward_batch_size: int = Field(default=64, ge=1)
-    """Rows a forward pass takes when references and old log-probabilities are computed."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -86,7 +84,7 @@ class Algorithm(Choice):
 
     def prepare(self, cast: Cast, scored: Scored) -> Graded:
         """Advantages of a whole rollout, the KL inside the reward; no gradient."""
-        heard = _graded.hear(cast, scored.rollouts, self.rollout_forward_batch_size, True, self.old_logprobs)
+        heard = _graded.hear(cast, scored.rollouts, True, self.old_logprobs)
         kl_coef, kl_B, earned_B = scored.memory["kl_coef"], heard.kl_BT.sum(-1), _graded.earned(scored)
         reward_B = earned_B - kl_coef * kl_B
         raw_B = credit.leave_one_out(reward_B, self.group)

@@ -9,13 +9,14 @@ from palate.algorithms import protocol
 from palate.batches import without_shown
 from palate.cast import Cast
 from palate.check import clock, examples, judges, memory
-from palate.check.arithmetic import Online
+from palate.check.arithmetic import Online, typical
 from palate.check.found import Example, Seen, Time
 from palate.check.gathered import Gathered
 from palate.check.rehearsal import Rehearsal
 from palate.check.rollout import AT_ONCE, LONGEST, Rehearsed, rehearse
 from palate.check.training import describe
 from palate.check.update import Update
+from palate.cutting import Microbatch, affordable
 from palate.data.encode import PromptRow
 from palate.models.load import Loaded
 from palate.randomness import key
@@ -48,6 +49,7 @@ class _Setup:
     records: Sequence[Record]
     prompts: Sequence[PromptRow]
     numbers: Online
+    most: Microbatch
     trained: bool
     """Whether the policy is what it will be, not a stand-in."""
     mix: Mix | None
@@ -103,7 +105,7 @@ def first_update(stage: Stage, index: int, rehearsal: Rehearsal) -> Update:
     prompts = setup.first(max(1, min(AT_ONCE, setup.numbers.minibatch) // setup.algorithm.group))
     done = rehearse(stage, here, cast, judging, setup.records, prompts, twice=False)
     batch = without_shown(done.experience)
-    return Update(stage.name, cast, trains, batch, done.loss(cast), stage.microbatch_size, stage.optimiser)
+    return Update(stage.name, cast, trains, batch, done.loss(cast), setup.most, stage.optimiser)
 
 
 def _set_up(stage: Stage, here: Workspace, rehearsal: Rehearsal, gathered: Gathered) -> _Setup | None:
@@ -123,7 +125,8 @@ def _set_up(stage: Stage, here: Workspace, rehearsal: Rehearsal, gathered: Gathe
     prompts = gathered.ask(_prompts, stage, read[0], policy, room, here)
     if prompts is None:
         return None
-    numbers = _numbers(stage, len(prompts))
+    most = _seats.microbatch(stage, affordable(policy.trunk))
+    numbers = _numbers(stage, prompts, most)
     mix = gathered.ask(Mix.of, stage.pretraining, policy, stage.name, here)
     setup = _Setup(
         stage,
@@ -136,6 +139,7 @@ def _set_up(stage: Stage, here: Workspace, rehearsal: Rehearsal, gathered: Gathe
         read[0],
         prompts,
         numbers,
+        most,
         rehearsal.is_trained(stage.model),
         mix,
     )
@@ -152,16 +156,18 @@ def _prompts(stage: Stage, records: Sequence[Record], policy: Loaded, room: int,
     return _rows.prompts(records, policy.tokenizer, stage.encoding, room, here)
 
 
-def _numbers(stage: Stage, prompts: int) -> Online:
+def _numbers(stage: Stage, prompts: Sequence[PromptRow], most: Microbatch) -> Online:
     algorithm: protocol.Online = stage.algorithm  # pyright: ignore[reportAssignmentType]
+    mean = sum(len(p.tokens) for p in prompts) / len(prompts) + stage.sampling.max_new_tokens
     return Online(
-        prompts=prompts,
+        prompts=len(prompts),
         rollout=stage.rollout_batch_size,
         group=algorithm.group,
         passes=algorithm.passes,
         minibatches=algorithm.minibatches,
-        microbatch=stage.microbatch_size,
+        microbatch=typical(most, -(-stage.rollout_batch_size // algorithm.minibatches), mean),
         episodes=stage.total_episodes,
+        tokens=most.tokens,
     )
 
 
@@ -180,9 +186,9 @@ def _judge(setup: _Setup, gathered: Gathered) -> None:
     double = sum(p.tokens.count(bos) > 1 for p in setup.prompts) if bos not in (None, setup.policy.tokenizer.eos) else 0
     if double:
         gathered.warn(f"prompts: {double:,} of {len(setup.prompts):,} hold the begin token more than once.")
-    if "microbatch_size" in stage.model_fields_set and numbers.microbatch > numbers.minibatch:
+    if stage.microbatch_size is not None and stage.microbatch_size > numbers.minibatch:
         gathered.warn(
-            f"microbatch_size: {numbers.microbatch:,} is larger than the {numbers.minibatch:,} answers of one step."
+            f"microbatch_size: {stage.microbatch_size:,} is larger than the {numbers.minibatch:,} answers of one step."
         )
 
 
@@ -250,7 +256,7 @@ def _with_cost(seen: Seen, setup: _Setup, seconds: float, measure: bool, gathere
         gathered.warn(f"sampling.max_new_tokens: {done.cut:.0%} of the answers written reach it without an end.")
     longest = max(len(p.tokens) for p in setup.prompts) + stage.sampling.max_new_tokens
     held["activations"] = int(
-        done.activations(cast, min(stage.microbatch_size, setup.numbers.minibatch)) * longest / done.columns
+        done.activations(cast, min(setup.numbers.microbatch, setup.numbers.minibatch)) * longest / done.columns
     )
     held["keys and values"] = memory.cache_bytes(setup.policy.trunk) * longest * rows
     basis = f"weights counted; activations of one micro-batch of real answers, at {longest:,} tokens a row"
@@ -268,7 +274,7 @@ def _time(setup: _Setup, cast: Cast, done: Rehearsed, seconds: float) -> Time:
     stepper = Stepper(cast.parameters(setup.algorithm.trains), stage.optimiser, setup.here.world)
     learnt, written = done.experience.size, done.rollouts.size  # pairs and chosen answers are fewer than the answers
     rows = max(1, round(numbers.minibatch * learnt / written))
-    step = clock.of_step(stepper, done.experience, done.loss(cast), stage.microbatch_size, rows)
+    step = clock.of_step(stepper, done.experience, done.loss(cast), setup.most, rows)
     share = numbers.rollouts * numbers.rollout / written
     longer = stage.sampling.max_new_tokens / min(stage.sampling.max_new_tokens, LONGEST)
     spent = {"setting up": seconds}

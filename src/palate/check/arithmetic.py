@@ -5,11 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from palate.check.found import Batches
+from palate.cutting import Microbatch
 
 
 @dataclass(frozen=True)
 class Offline:
-    """The numbers of a stage that learns from data at rest."""
+    """The numbers of a stage that learns from data at rest.
+
+    `microbatch` is in rows, of typical length where `tokens` is the limit.
+    """
 
     rows: int
     held_out: int
@@ -18,6 +22,7 @@ class Offline:
     epochs: int
     most_steps: int | None
     noun: str = "row"
+    tokens: int | None = None
 
     @property
     def per_epoch(self) -> int:
@@ -51,7 +56,7 @@ class Offline:
         return Batches(numbers, tuple(self._words(parts)), self.steps)
 
     def _words(self, parts: int) -> list[str]:
-        cut = "one forward pass" if parts == 1 else f"{parts} micro-batches of at most {self.microbatch:,}"
+        cut = _cut(parts, self.microbatch, self.tokens)
         left = f"; {self.left_over:,} of {self.rows:,} fill no batch and wait for another epoch"
         words = [
             f"{counted(self.batch, self.noun)} a step = {cut}",
@@ -72,7 +77,7 @@ class Offline:
 
 @dataclass(frozen=True)
 class Online:
-    """The numbers of a stage that learns from its own answers."""
+    """The numbers of a stage that learns from its own answers; `microbatch` and `tokens` as in `Offline`."""
 
     prompts: int
     rollout: int
@@ -81,6 +86,7 @@ class Online:
     minibatches: int
     microbatch: int
     episodes: int
+    tokens: int | None = None
 
     @property
     def asked(self) -> int:
@@ -125,7 +131,7 @@ class Online:
 
     def _words(self, a_rollout: int) -> list[str]:
         answers = self.rollouts * self.rollout
-        cut = "one forward pass" if self.parts == 1 else f"{self.parts} micro-batches of at most {self.microbatch:,}"
+        cut = _cut(self.parts, self.microbatch, self.tokens)
         words = [
             f"{self.rollout:,} answers a rollout = {counted(self.asked, 'prompt')} × {self.group:,}",
             f"{counted(self.passes, 'epoch')} × {counted(self.minibatches, 'minibatch', 'minibatches')} = "
@@ -150,6 +156,22 @@ class Online:
         if share <= 1:
             return f"{needed:,} of {self.prompts:,} prompts are asked, each once"
         return f"{self.prompts:,} prompts are asked {share:.1f} times each"
+
+
+def typical(most: Microbatch, batch: int, mean: float) -> int:
+    """Rows of a micro-batch, where rows of a batch have `mean` tokens."""
+    within = batch if most.tokens is None else max(1, int(most.tokens / mean))
+    return min(within, most.rows or within)
+
+
+def _cut(parts: int, rows: int, tokens: int | None) -> str:
+    if parts == 1:
+        return "one forward pass"
+    return (
+        f"{parts} micro-batches of at most {rows:,}"
+        if tokens is None
+        else (f"about {parts} micro-batches of at most {tokens:,} tokens")
+    )
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:

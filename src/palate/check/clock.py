@@ -11,6 +11,7 @@ import torch
 
 from palate.batches import Rows
 from palate.check.found import Time
+from palate.cutting import Microbatch, cut
 from palate.step import Stepper
 
 T = TypeVar("T")
@@ -34,13 +35,14 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def of_step(stepper: Stepper, batch: Rows, loss: Callable[[Any], Any], microbatch: int, rows: int) -> float:
+def of_step(stepper: Stepper, batch: Rows, loss: Callable[[Any], Any], most: Microbatch, rows: int) -> float:
     """Seconds of one optimiser step of `rows` rows, from a few micro-batches of `batch`.
 
     The step is the real one at a learning rate of zero, so that the throw-away cast it moves stays where it is.
     """
-    few = batch.select(torch.arange(min(batch.size, _PARTS * microbatch)))
-    seconds = min(timed(lambda: stepper.step(few, loss, microbatch, 0.0))[1] for _ in range(_TURNS))
+    some = sum(part.size for part in cut(batch, most, stepper.world)[:_PARTS])
+    few = batch.select(torch.arange(some))
+    seconds = min(timed(lambda: stepper.step(few, loss, most, 0.0))[1] for _ in range(_TURNS))
     return seconds * rows / few.size
 
 

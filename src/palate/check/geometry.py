@@ -23,6 +23,7 @@ from torch import Tensor
 from palate.check import answering, training
 from palate.check.rehearsal import Rehearsal
 from palate.check.update import Update
+from palate.cutting import Microbatch, cut, lengths
 from palate.parallel import World, joined
 from palate.run import Plan, plan_file
 from palate.settings import PalateError
@@ -102,14 +103,19 @@ def _updates(plan: Plan, scratch: Path) -> Iterator[Update]:
 def _alone(update: Update, scratch: Path, say: Callable[[str], None]) -> Geometry:
     say(f"{update.stage}: one update, cut")
     rows, world = update.batch.size, World()
-    whole = update.gradient(rows, world)
+    whole = update.gradient(Microbatch(rows=rows), world)
     save_file(
         {name: gradient.cpu().contiguous() for name, gradient in whole.items()}, scratch / f"{update.stage}.whole"
     )
-    few = update.microbatch if update.microbatch < rows else max(1, rows // 2)
-    cuts = [Cut(f"micro-batches of {few:,}", distance(whole, update.gradient(few, world)))]
+    few = max(part.size for part in cut(update.batch, update.microbatch, world))
+    few = few if few < rows else max(1, rows // 2)
+    halves = Microbatch(tokens=max(1, sum(lengths(update.batch)) // 2))
+    cuts = [
+        Cut(f"micro-batches of {few:,}", distance(whole, update.gradient(Microbatch(rows=few), world))),
+        Cut(f"micro-batches of {halves.said()}", distance(whole, update.gradient(halves, world))),
+    ]
     if few > 1:
-        cuts.append(Cut("single rows, accumulated", distance(whole, update.gradient(1, world))))
+        cuts.append(Cut("single rows, accumulated", distance(whole, update.gradient(Microbatch(rows=1), world))))
     count = sum(gradient.numel() for gradient in whole.values())
     return Geometry(update.stage, rows, count, BOUNDS[update.dtype], tuple(cuts))
 

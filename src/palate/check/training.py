@@ -12,11 +12,12 @@ from palate.algorithms import protocol
 from palate.batches import Comparisons, Pairs, Rows, Tokens
 from palate.cast import Cast
 from palate.check import clock, examples, memory, rows
-from palate.check.arithmetic import Offline
+from palate.check.arithmetic import Offline, typical
 from palate.check.found import Counts, Example, Memory, Seen, Time
 from palate.check.gathered import Gathered
 from palate.check.rehearsal import Rehearsal
 from palate.check.update import Update
+from palate.cutting import Microbatch, affordable, cut, lengths
 from palate.data.encode import RankedRow
 from palate.models.load import Loaded
 from palate.models.tokenizer import Tokenizer
@@ -42,6 +43,7 @@ class _Setup:
     held: int
     order: Order
     numbers: Offline
+    most: Microbatch
 
     @property
     def algorithm(self) -> protocol.Offline:
@@ -83,9 +85,8 @@ def first_update(stage: Stage, index: int, rehearsal: Rehearsal) -> Update:
     algorithm, counter = setup.algorithm, key(setup.here.seed, stage.name)
     cast = _seats.offline_cast(setup.loaded, stage.layout, algorithm, counter, setup.here)
     batch = _prepared(cast, algorithm, setup.batch(0))
-    rows = stage.microbatch_size
     return Update(
-        stage.name, cast, algorithm.trains, batch, lambda part: algorithm.loss(cast, part), rows, stage.optimiser
+        stage.name, cast, algorithm.trains, batch, lambda part: algorithm.loss(cast, part), setup.most, stage.optimiser
     )
 
 
@@ -124,23 +125,26 @@ def _set_up(stage: Stage, here: Workspace, rehearsal: Rehearsal, gathered: Gathe
     if found is None or kept is None:
         return None
     found = gathered.ask(_rows.surveyed, found, algorithm.survey, here) or found
-    numbers = _numbers(stage, found, len(kept))
+    most = _seats.microbatch(stage, affordable(loaded.trunk))
+    numbers = _numbers(stage, found, len(kept), most)
     _judge(stage, found, loaded.tokenizer, context, numbers, gathered)
     lengths = [_rows.length(row) for row in found]
     batch = min(stage.batch_size, len(found))  # one batch can be shown even where it would not be filled
     order = Order(lengths, batch, stage.group_by_length, (here.seed, stage.name))
-    return _Setup(stage, here, loaded, found, len(kept), order, numbers)
+    return _Setup(stage, here, loaded, found, len(kept), order, numbers, most)
 
 
-def _numbers(stage: Stage, found: Sequence[rows.Row], held: int) -> Offline:
+def _numbers(stage: Stage, found: Sequence[rows.Row], held: int, most: Microbatch) -> Offline:
+    mean = sum(len(answer.tokens) for answer in rows.answers(found)) / len(found)
     return Offline(
         rows=len(found),
         held_out=held,
         batch=stage.batch_size,
-        microbatch=stage.microbatch_size,
+        microbatch=typical(most, stage.batch_size, mean),
         epochs=stage.num_train_epochs,
         most_steps=stage.max_steps,
         noun="ranking" if isinstance(found[0], RankedRow) else "row",
+        tokens=most.tokens,
     )
 
 
@@ -161,7 +165,7 @@ def _judge(
             f"batch_size: {numbers.left_over:,} of {numbers.rows:,} rows fill no batch and are left out of each epoch. "
             "Take a batch_size that divides them better."
         )
-    if "microbatch_size" in stage.model_fields_set and stage.microbatch_size > stage.batch_size:
+    if stage.microbatch_size is not None and stage.microbatch_size > stage.batch_size:
         gathered.warn(f"microbatch_size: {stage.microbatch_size} is larger than batch_size {stage.batch_size}.")
 
 
@@ -199,14 +203,13 @@ def _cost(setup: _Setup, seconds: float, measure: bool) -> tuple[Memory, Time | 
     if not measure:
         return memory.memory(parameters, held, "counted; activations were not measured (--quick)"), None
     typical, longest = _two_batches(setup)
-    widest = _prepared(cast, algorithm, longest).select(torch.arange(min(stage.microbatch_size, longest.size)))
+    parts = cut(_prepared(cast, algorithm, longest), setup.most, setup.here.world)
+    widest = max(parts, key=lambda part: sum(lengths(part)))
     weights = cast.parameters(algorithm.trains).values()
     held["activations"] = memory.activations(lambda: algorithm.loss(cast, widest.trimmed()), _weights(cast, weights))
     batch = _prepared(cast, algorithm, typical)
     stepper = Stepper(cast.parameters(algorithm.trains), stage.optimiser, setup.here.world)
-    step = clock.of_step(
-        stepper, batch, lambda part: algorithm.loss(cast, part), stage.microbatch_size, stage.batch_size
-    )
+    step = clock.of_step(stepper, batch, lambda part: algorithm.loss(cast, part), setup.most, stage.batch_size)
     basis = "weights counted; activations of the longest micro-batch of the first epoch, measured"
     spent = {"setting up": seconds, "optimiser steps": step * setup.numbers.steps}
     told = f"one optimiser step on a batch of median length took {step:.3g} s, × {setup.numbers.steps:,}"

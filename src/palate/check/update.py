@@ -11,6 +11,7 @@ from torch import Tensor
 
 from palate.batches import Loss, Rows
 from palate.cast import Cast
+from palate.cutting import Microbatch
 from palate.parallel import World
 from palate.step import Optimiser, Stepper
 
@@ -24,7 +25,7 @@ class Update:
     trains: Sequence[str]
     batch: Rows
     loss: Callable[[Any], Loss]
-    microbatch: int
+    microbatch: Microbatch
     optimiser: Optimiser
 
     @property
@@ -32,7 +33,7 @@ class Update:
         """The number format its weights compute in."""
         return self.cast.seat(self.trains[0]).trunk.dtype
 
-    def gradient(self, microbatch: int, world: World) -> dict[str, Tensor]:
-        """The gradient in parts of at most `microbatch` rows, by name; no weight moves."""
+    def gradient(self, microbatch: Microbatch, world: World) -> dict[str, Tensor]:
+        """The gradient in parts within `microbatch`, by name; no weight moves."""
         stepper = Stepper(self.cast.parameters(self.trains), self.optimiser, world)
         return stepper.gradient(self.batch, self.loss, microbatch)

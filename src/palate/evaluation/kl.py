@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from palate.batches import Rollouts
 from palate.cast import Cast
@@ -34,13 +33,11 @@ def sequence_kl(logp_BT: Tensor, ref_BT: Tensor, action_BT: Tensor) -> SequenceK
 
 
 @torch.no_grad()
-def kl_to_reference(cast: Cast, rollouts: Rollouts, rows: int = 64) -> SequenceKL:
+def kl_to_reference(cast: Cast, rollouts: Rollouts) -> SequenceKL:
     """KL of the distribution the rollouts were drawn from to the cast's "reference" at the same temperature.
 
     The policy's side is the sampler's own log-probability, so the estimate stays unbiased when top-k or top-p
     cut the distribution.
     """
-    parts = [cast.logp("reference", part.trimmed(), rollouts.temperature) for part in rollouts.split(rows)]
-    widest = rollouts.tokens_BT.shape[1]
-    ref_BT = torch.cat([functional.pad(part, (0, widest - part.shape[1])) for part in parts])
+    ref_BT = cast.chunked(rollouts, lambda part: cast.logp("reference", part, rollouts.temperature))
     return sequence_kl(rollouts.logp_BT, ref_BT, rollouts.action_BT)

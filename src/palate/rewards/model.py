@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field, PrivateAttr
+from pydantic import PrivateAttr
 from torch import Tensor
 
 from palate.batches import Tokens
 from palate.cast import Cast, Seat
+from palate.cutting import Microbatch, cut
 from palate.data import collate
 from palate.data.encode import Encoding, TokenRow, encode_rankings
 from palate.models.load import Loaded, Loading, load
@@ -32,8 +33,6 @@ class Reward(Choice):
     """A trained reward model."""
     model: str
     """A folder with a reward model, a hub id, or stage:NAME."""
-    batch_size: int = Field(default=32, ge=1)
-    """Answers of one forward pass; changes memory and speed, not scores."""
     step_separator: str = ""
     """What stands between the steps of an answer, for a process reward model: each step is then scored at its last
     token, given there and not to the answer as a whole. Empty: one score at the end of the answer."""
@@ -55,7 +54,7 @@ class Reward(Choice):
         loaded = self._open()
         if self.step_separator:
             return self._of_steps(loaded, answers)
-        score_B = _scores(loaded, tokens_for(loaded, answers), self.batch_size, answers.world)
+        score_B = _scores(loaded, tokens_for(loaded, answers), answers.world)
         broken_B = ~score_B.isfinite()
         if bool(broken_B.any()):
             row = int(broken_B.nonzero()[0])
@@ -74,7 +73,7 @@ class Reward(Choice):
                 "steps do not end at the policy's tokens. Take a process reward model with the policy's tokenizer."
             )
         read = tokens_for(loaded, answers)
-        score_BT = _scores(loaded, read, self.batch_size, answers.world, "token_scores")
+        score_BT = _scores(loaded, read, answers.world, "token_scores")
         rows = answers.rollouts
         here_BT = step_ends(rows, answers.tokenizer, self.step_separator)
         token_BT = score_BT.to(rows.tokens_BT.device).where(here_BT, 0.0)
@@ -138,17 +137,15 @@ def _record(answers: Answers, row: int) -> Ranking:
 def _scores(
     loaded: Loaded,
     tokens: Tokens,
-    batch_size: int,
     world: World,
     each: Literal["scores", "token_scores"] = "scores",
 ) -> Tensor:
-    """Scores in the order of the rows (B, or B×T for `token_scores`), computed on rows of like length."""
+    """Scores in the order of the rows (B, or B×T for `token_scores`)."""
     cast = Cast({"reward": Seat(loaded.trunk, None, loaded.head)})
-    order_B = tokens.real_BT.sum(-1).argsort(stable=True)
-    parts = list(tokens.select(order_B).split(world.rows_each(tokens.size, batch_size)))
+    most = Microbatch(tokens=world.first(lambda: cast.budget))
+    parts = cut(tokens, most, world)
     if each == "scores":
         said = [cast.scores("reward", part.trimmed()) for part, _ in world.deal(parts)]
     else:
         said = [cast.token_scores("reward", part) for part, _ in world.deal(parts)]
-    sorted_B = world.gather_rows(said, [part.size for part in parts])
-    return torch.empty_like(sorted_B).index_copy(0, order_B, sorted_B)
+    return world.gather_rows(said, [part.size for part in parts])

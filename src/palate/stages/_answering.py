@@ -53,7 +53,6 @@ class Asking:
     sampling: Sampling
     truncation: Truncation | None
     answers: int
-    batch_size: int
     legal_bigrams: Sequence[tuple[int, int]] = ()
 
     def hear(
@@ -73,7 +72,7 @@ class Asking:
             lengths=judged.length_B.tolist(),
             finished=judged.finished_B.tolist(),
             scores={name: judge.score(answers).score_B.tolist() for name, judge in judges.items()},
-            kl=None if model is baseline and not beta else _distance(model, baseline, rollouts, self.batch_size),
+            kl=None if model is baseline and not beta else _distance(model, baseline, rollouts),
         )
 
     def _prompts(self, here: Workspace, model: Loaded) -> list[PromptRow]:
@@ -113,12 +112,12 @@ def _as_prompt(record: Record) -> Prompt:
     return Prompt(record.prompt, columns, record.group)
 
 
-def _distance(model: Loaded, baseline: Loaded, rollouts: Rollouts, rows: int) -> SequenceKL | None:
+def _distance(model: Loaded, baseline: Loaded, rollouts: Rollouts) -> SequenceKL | None:
     """KL to the baseline; None between models that do not share their tokens."""
     if not model.tokenizer.same_words(baseline.tokenizer):
         return None
     seats = Cast({"reference": Seat(baseline.trunk, None, None)})
-    return kl_to_reference(seats, rollouts.to(seats.device), rows)
+    return kl_to_reference(seats, rollouts.to(seats.device))
 
 
 def release() -> None:

@@ -25,9 +25,6 @@ from palate.settings import PalateError, Settings
 from palate.stages import _rows, _seats
 from palate.workspace import Workspace
 
-_CHUNK = 32
-"""Rows of one forward pass."""
-
 
 class Normalise(Settings):
     """Which answers are to have which mean and spread of reward (details 21 and 22)."""
@@ -78,8 +75,8 @@ def normalise(asked: Normalise, scale: Scale) -> tuple[float, float]:
     with torch.no_grad():
         head.gain.fill_(1.0)
         head.bias.fill_(0.0)
-        parts = tokens.to(scale.cast.device).split(_CHUNK)
-        score_N = torch.cat([scale.cast.scores("reward", part) for part in parts])
+        cast = scale.cast
+        score_N = cast.chunked(tokens.to(cast.device), lambda part: cast.scores("reward", part))
         gain, bias = credit.gain_and_bias(score_N, asked.mean, asked.std)
         head.gain.fill_(gain)
         head.bias.fill_(bias)

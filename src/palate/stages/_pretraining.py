@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from palate import losses
 from palate.batches import Loss, Term, Tokens
 from palate.cast import Cast
+from palate.cutting import Microbatch
 from palate.data.encode import Encoding
 from palate.data.source import Data
 from palate.models.load import Loaded
@@ -88,7 +89,7 @@ class Mix:
             self._epoch, self._order = epoch, permutation(len(self.rows), *self.counter, epoch)
         return self._order[within]
 
-    def job(self, cast: Cast, step: int, microbatch: int) -> Job:
+    def job(self, cast: Cast, step: int, microbatch: Microbatch) -> Job:
         """What is learnt beside optimiser step `step`: −log p of each trained token, averaged over these alone."""
         batch = _rows.batch([self.rows[i] for i in self.drawn(step)], self.pad).to(cast.device)
         return Job(batch, lambda part: self.loss(cast, part), microbatch)

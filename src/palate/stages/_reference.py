@@ -25,7 +25,7 @@ FILE = "reference_logp.safetensors"
 _AT_ONCE = 256
 
 
-def known(rows: Sequence[Row], cast: Cast, role: str, pad: int, microbatch: int, here: Workspace) -> list[Row]:
+def known(rows: Sequence[Row], cast: Cast, role: str, pad: int, here: Workspace) -> list[Row]:
     """The rows with the reference's log-probabilities of their trained tokens, read from disk or computed now.
 
     Asked before anything was trained, when `role`, the policy, *is* the reference. PalateError for rows that have none.
@@ -35,7 +35,7 @@ def known(rows: Sequence[Row], cast: Cast, role: str, pad: int, microbatch: int,
     lengths = [len(row.tokens) for row in flat]
     logp_N = here.world.first(lambda: _read(path, lengths))
     if logp_N is None:
-        logp_N = torch.cat(list(_computed(flat, cast, role, pad, microbatch)))
+        logp_N = torch.cat(list(_computed(flat, cast, role, pad)))
         here.world.first(lambda: _write(path, logp_N, lengths))
     each = iter(logp_N.split(lengths))
     return [_with(row, each) for row in rows]
@@ -52,12 +52,12 @@ def _with(row: Row, each: Iterator[Tensor]) -> Row:
     return replace(row, reference=tuple(next(each).tolist() for _ in row.rows))
 
 
-def _computed(flat: Sequence[TokenRow], cast: Cast, role: str, pad: int, microbatch: int) -> Iterator[Tensor]:
+def _computed(flat: Sequence[TokenRow], cast: Cast, role: str, pad: int) -> Iterator[Tensor]:
     for start in range(0, len(flat), _AT_ONCE):
         part = flat[start : start + _AT_ONCE]
         batch: Tokens = collate.examples(part, pad).to(cast.device)
         with torch.no_grad():
-            logp_BT = cast.chunked(batch, microbatch, lambda rows: cast.logp(role, rows)).cpu()
+            logp_BT = cast.chunked(batch, lambda rows: cast.logp(role, rows)).cpu()
         yield torch.cat([logp_T[: len(row.tokens)] for row, logp_T in zip(part, logp_BT, strict=True)])
 
 

@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, SerializeAsAny
 
 from palate.algorithms.protocol import Offline, Online, Warns
 from palate.cast import Cast, Layout, assemble
+from palate.cutting import FROZEN, Microbatch
 from palate.data.segments import stop_tokens
 from palate.engines.engine import Sampling
 from palate.engines.local import LocalEngine
@@ -94,23 +95,50 @@ def engine(
 
 
 def offline_cast(
-    loaded: Loaded, layout: Layout, algorithm: Offline, counter: int, here: Workspace, without: Sequence[str] = ()
+    loaded: Loaded,
+    layout: Layout,
+    algorithm: Offline,
+    counter: int,
+    here: Workspace,
+    without: Sequence[str] = (),
+    tokens: int | None = None,
 ) -> Cast:
-    """Who learns from data at rest, and who else it takes, except for `without`: roles whose words are known."""
+    """Who learns from data at rest, and who else it takes, except for `without`: roles whose words are known.
+
+    `tokens` are those of a micro-batch, where the stage sets them.
+    """
     roles = [role for role in _roles(algorithm) if role not in without]
-    return assemble(layout, loaded, roles, counter, world=here.world)
+    return _budgeted(assemble(layout, loaded, roles, counter, world=here.world), tokens, here)
 
 
 def online_cast(
-    loaded: Loaded, value: Loaded | None, layout: Layout, algorithm: Online, counter: int, here: Workspace
+    loaded: Loaded,
+    value: Loaded | None,
+    layout: Layout,
+    algorithm: Online,
+    counter: int,
+    here: Workspace,
+    tokens: int | None = None,
 ) -> Cast:
     """The policy, its frozen start as the reference where one is needed, and whoever else trains.
 
-    Tells the user what the algorithm has to say of its settings.
+    Tells the user what the algorithm has to say of its settings. `tokens` as in `offline_cast`.
     """
     for text in algorithm.warnings() if isinstance(algorithm, Warns) else ():
         here.warn(f"algorithm: {text}")
-    return assemble(layout, loaded, _roles(algorithm), counter, value, here.world)
+    return _budgeted(assemble(layout, loaded, _roles(algorithm), counter, value, here.world), tokens, here)
+
+
+def _budgeted(cast: Cast, tokens: int | None, here: Workspace) -> Cast:
+    """The cast, its budget the one asked for or that of rank 0: ranks have to cut a batch alike."""
+    cast.budget = here.world.first(lambda: FROZEN * tokens if tokens else cast.budget)
+    return cast
+
+
+def microbatch(stage: Any, afforded: int) -> Microbatch:
+    """What a stage takes through its models at a time: what it sets, or else `afforded` tokens."""
+    rows, tokens = stage.microbatch_size, stage.tokens_per_microbatch
+    return Microbatch(rows, tokens or (None if rows else afforded))
 
 
 def _roles(algorithm: Offline | Online) -> tuple[str, ...]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
 from palate.algorithms.protocol import Offline, Online
 from palate.cast import Cast
+from palate.cutting import Microbatch
 from palate.parallel import whole
 from palate.step import Stepper
 from palate.workspace import Workspace
@@ -30,7 +32,7 @@ def save(
     """
     tensors = {f"model/{name}": whole(tensor) for name, tensor in cast.state(algorithm.trains, algorithm.moves).items()}
     tensors |= {f"optimiser/{name}": tensor for name, tensor in stepper.state().items()}
-    said = {**state, "most_rows": stepper.most_rows}
+    said = {**state, "budget": cast.budget, "most": asdict(stepper.most)}
     here.world.first(lambda: here.store.save(number, {**tensors, **(more or {})}, said) and None)
 
 
@@ -47,7 +49,8 @@ def resume(here: Workspace, cast: Cast, stepper: Stepper) -> tuple[int, Mapping[
     number, tensors, state = found
     cast.restore(_part(tensors, "model/"))
     stepper.restore(_part(tensors, "optimiser/"))
-    stepper.most_rows = state.get("most_rows")
+    stepper.most = Microbatch(**state.get("most", {}))
+    cast.budget = state.get("budget", cast.budget)
     here.resume(number)
     return number, state, tensors
 

@@ -57,8 +57,6 @@ class Stage(Choice):
     """How prompts and comparisons become tokens."""
     loading: Loading = Loading()
     """How models come into memory."""
-    batch_size: int = Field(default=64, ge=1)
-    """Answers of one forward pass; changes memory, never the result."""
     rouge: bool = True
     """Compute ROUGE where the prompts bring reference answers."""
 
@@ -142,7 +140,6 @@ class Stage(Choice):
             self.sampling,
             self.truncation,
             self.answers,
-            self.batch_size,
             self.steering.legal_bigrams,
         )
 

@@ -15,6 +15,7 @@ from palate import step
 from palate.algorithms.protocol import Online, Rests, Sifts
 from palate.batches import Learnt, Rollouts, without_shown
 from palate.cast import Layout
+from palate.cutting import FROZEN
 from palate.data.encode import Encoding, PromptRow
 from palate.data.source import Data
 from palate.engines.engine import Sampling, require_full_support
@@ -71,8 +72,10 @@ class Stage(Choice):
     """Answers to learn from over the whole stage."""
     rollout_batch_size: int = Field(default=64, ge=1)
     """Answers of one rollout, between two publications of the policy."""
-    microbatch_size: int = Field(default=16, ge=1)
-    """Answers of one forward and backward pass; changes memory, never the result."""
+    microbatch_size: int | None = Field(default=None, ge=1)
+    """Answers of one forward and backward pass at most; changes memory, never the result."""
+    tokens_per_microbatch: int | None = Field(default=None, ge=1)
+    """Real tokens of one forward and backward pass at most; without either limit chosen by model size and memory."""
     shaping: Shaping = Shaping()
     """What happens to scores before training: a penalty for answers without an end, clipping."""
     logging_steps: int = Field(default=1, ge=1)
@@ -131,7 +134,8 @@ class _Loop:
         self.loaded = _seats.open_model(stage.model, here, "policy", stage.loading)
         value = _seats.open_model(stage.value_model, here, "value", stage.loading) if stage.value_model else None
         counter = key(here.seed, stage.name)
-        self.cast = _seats.online_cast(self.loaded, value, stage.layout, self.algorithm, counter, here)
+        most = stage.tokens_per_microbatch
+        self.cast = _seats.online_cast(self.loaded, value, stage.layout, self.algorithm, counter, here, most)
         reward, watch = (_seats.at_hand(asked, here) for asked in (stage.reward, stage.watch))
         self.judging = Judging(
             reward or stage.reward,
@@ -261,15 +265,16 @@ class _Loop:
 
     def _step(self, minibatch: Learnt, lesson: Lesson, rate: float) -> dict[str, float]:
         rests = isinstance(self.algorithm, Rests) and self.algorithm.rests(minibatch)
-        mix, rows = None if rests else self.mix, self.stage.microbatch_size
+        mix = None if rests else self.mix
+        most = _seats.microbatch(self.stage, self.cast.budget // FROZEN)
 
         def loss(part: Learnt) -> Any:
             found = self.algorithm.loss(self.cast, part)
             return found if mix is None else mix.beside(found)
 
         place = self._steps(lesson.number, lesson.position) - 1
-        beside = [] if mix is None else [mix.job(self.cast, place, rows)]
-        return self.stepper.step(minibatch, loss, rows, rate, beside)
+        beside = [] if mix is None else [mix.job(self.cast, place, most)]
+        return self.stepper.step(minibatch, loss, most, rate, beside)
 
     def _close(self, number: int, seen: Mapping[str, float]) -> dict[str, float]:
         """The rollout is behind us: write what was seen, remember, save when it is time."""

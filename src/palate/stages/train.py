@@ -12,6 +12,7 @@ from palate import step
 from palate.algorithms.protocol import Offline, Rereads
 from palate.batches import Rows
 from palate.cast import Layout
+from palate.cutting import FROZEN, cut
 from palate.data.encode import Encoding
 from palate.data.source import Data
 from palate.models.load import Loading
@@ -53,8 +54,10 @@ class Stage(Choice):
     """Stop after so many optimiser steps, whatever the epochs say."""
     batch_size: int = Field(default=32, ge=1)
     """Rows (demonstrations, or prompts with their ranked answers) of one optimiser step."""
-    microbatch_size: int = Field(default=8, ge=1)
-    """Rows of one forward pass; changes memory, never the result."""
+    microbatch_size: int | None = Field(default=None, ge=1)
+    """Rows of one forward and backward pass at most; changes memory, never the result."""
+    tokens_per_microbatch: int | None = Field(default=None, ge=1)
+    """Real tokens of one forward and backward pass at most; without either limit chosen by model size and memory."""
     precompute_reference: bool = False
     """Compute the reference's log-probabilities of all rows once, before training, and keep them on disk; the
     reference then takes no memory."""
@@ -117,7 +120,8 @@ class _Training:
             )
         counter = key(here.seed, stage.name)
         known = ("reference",) if stage.precompute_reference else ()
-        self.cast = _seats.offline_cast(self.loaded, stage.layout, self.algorithm, counter, here, known)
+        most = stage.tokens_per_microbatch
+        self.cast = _seats.offline_cast(self.loaded, stage.layout, self.algorithm, counter, here, known, most)
         # before any forward pass: after one without gradient, zero2 leaves whole copies in the place of sharded weights
         trained = self.cast.parameters(self.algorithm.trains)
         if known:
@@ -142,8 +146,7 @@ class _Training:
         if isinstance(self.algorithm, Rereads) and self.algorithm.rereads:
             raise PalateError(f"precompute_reference: {self.algorithm.rereads}")
         rows = [*self.rows, *self.held]
-        pad, size = self.loaded.tokenizer.pad, self.stage.microbatch_size
-        found = _reference.known(rows, self.cast, role, pad, size, self.here)
+        found = _reference.known(rows, self.cast, role, self.loaded.tokenizer.pad, self.here)
         self.rows, self.held = found[: len(self.rows)], found[len(self.rows) :]
 
     def _resume(self, rate: float) -> None:
@@ -190,7 +193,8 @@ class _Training:
         def loss(part: Any) -> Any:
             return self.algorithm.loss(self.cast, part)
 
-        seen = self.stepper.step(prepared, loss, self.stage.microbatch_size, rate)
+        most = _seats.microbatch(self.stage, self.cast.budget // FROZEN)
+        seen = self.stepper.step(prepared, loss, most, rate)
         self.algorithm.after(self.cast, number)
         self.tokens += prepared.counts()["tokens"]
         return seen
@@ -213,7 +217,8 @@ class _Training:
         batches = [self._batch(self.held[i:j]) for i, j in zip(starts, ends, strict=True)]
         with torch.no_grad():
             prepared = [self.algorithm.prepare(self.cast, batch) for batch in batches]
-        parts = [part.trimmed() for batch in prepared for part in batch.split(self.stage.microbatch_size)]
+        most = _seats.microbatch(self.stage, self.cast.budget // FROZEN)
+        parts = [part.trimmed() for batch in prepared for part in cut(batch, most, self.here.world)]
         found = step.evaluate(parts, lambda part: self.algorithm.loss(self.cast, part), self.here.world)
         return {f"eval/{name}": value for name, value in found.items()}
 
