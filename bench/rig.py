@@ -12,6 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from palate.batches import Examples, Rollouts, Scored
 from palate.cast import Cast, Layout, assemble
+from palate.cutting import FROZEN, Microbatch
 from palate.engines.engine import Sampling
 from palate.engines.local import LocalEngine
 from palate.models.load import Loaded
@@ -91,8 +92,9 @@ class Bench:
         self.stepper = Stepper(self.cast.parameters(self.algorithm.trains), Optimiser(), World())
 
     def learn(self, batch: Any) -> dict[str, float]:
-        """One optimiser step; micro-batches are the stage's default."""
-        return self.stepper.step(batch, lambda part: self.algorithm.loss(self.cast, part), 8, rate=1e-5)
+        """One optimiser step, in micro-batches of as many tokens as a stage takes that sets nothing."""
+        afforded = Microbatch(tokens=self.cast.budget // FROZEN)
+        return self.stepper.step(batch, lambda part: self.algorithm.loss(self.cast, part), afforded, rate=1e-5)
 
     def answers(self, prompts: Sequence[Sequence[int]], number: int) -> Rollouts:
         """A rollout of the algorithm's group for each prompt."""
