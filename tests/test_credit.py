@@ -96,6 +96,32 @@ def test_gae_is_its_sum(mask: Tensor, gamma: float, lam: float, seed: int) -> No
         assert not found[row][~here].any()
 
 
+def by_recursion(reward_BT: Tensor, value_BT: Tensor, mask_BT: Tensor, gamma: float, lam: float) -> Tensor:
+    """Â_t = δ_t + γλ Â_{t+1}, one place after the other from the end; places off the mask are passed over."""
+    advantage_B, next_value_B = torch.zeros_like(reward_BT[:, 0]), torch.zeros_like(value_BT[:, 0])
+    found: list[Tensor] = []
+    for t in reversed(range(reward_BT.shape[1])):
+        here_B = mask_BT[:, t]
+        surprise_B = reward_BT[:, t] + gamma * next_value_B - value_BT[:, t]
+        advantage_B = torch.where(here_B, surprise_B + gamma * lam * advantage_B, advantage_B)
+        next_value_B = torch.where(here_B, value_BT[:, t], next_value_B)
+        found.append(torch.where(here_B, advantage_B, 0.0))
+    return torch.stack(found[::-1], 1)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 8, 53, 1000])
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (1.0, 1.0), (0.99, 0.0), (0.0, 0.9)])
+def test_gae_of_long_rows_is_the_recursion(length: int, gamma: float, lam: float) -> None:
+    reward, value = random(5, length, seed=1), random(5, length, seed=2)
+    mask = torch.rand(5, length, generator=torch.Generator().manual_seed(3)) < 0.8
+    mask[0], mask[1] = True, False
+    expected = by_recursion(reward, value, mask, gamma, lam)
+    torch.testing.assert_close(credit.gae(reward, value, mask, gamma, lam), expected, rtol=1e-12, atol=1e-12)
+    if length > 2 and gamma * lam:
+        other = by_recursion(reward, value, mask, gamma, lam - 1e-9)
+        assert not torch.allclose(credit.gae(reward, value, mask, gamma, lam), other, rtol=1e-12, atol=1e-12)
+
+
 def test_full_rows_and_answer_slices_agree() -> None:
     """[prompt | answer | pad] rows give what the sliced answers give."""
     reward, value = random(3, 10, seed=1), random(3, 10, seed=2)

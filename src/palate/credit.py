@@ -26,16 +26,16 @@ def gae(reward_BT: Tensor, value_BT: Tensor, mask_BT: Tensor | None, gamma: floa
     `advantage + value`. A mask of None means every cell.
     """
     mask_BT = torch.ones_like(reward_BT, dtype=torch.bool) if mask_BT is None else mask_BT.bool()
-    reward_BT, value_BT = keep(reward_BT, mask_BT), keep(value_BT, mask_BT)
-    advantage_B, next_value_B = torch.zeros_like(reward_BT[:, 0]), torch.zeros_like(value_BT[:, 0])
-    found: list[Tensor] = []
-    for t in reversed(range(reward_BT.shape[1])):
-        here_B = mask_BT[:, t]
-        surprise_B = reward_BT[:, t] + gamma * next_value_B - value_BT[:, t]
-        advantage_B = torch.where(here_B, surprise_B + gamma * lam * advantage_B, advantage_B)
-        next_value_B = torch.where(here_B, value_BT[:, t], next_value_B)
-        found.append(advantage_B)
-    return keep(torch.stack(found[::-1], 1), mask_BT)
+    order_BS = (~mask_BT).byte().argsort(dim=1, stable=True)[:, : int(mask_BT.sum(-1).max())]
+    value_BS = keep(value_BT, mask_BT).gather(1, order_BS)  # cells of the mask come first, so successors are neighbours
+    after_BS = torch.cat([value_BS[:, 1:], torch.zeros_like(value_BS[:, :1])], 1)
+    sum_BS = keep(reward_BT, mask_BT).gather(1, order_BS) + gamma * after_BS - value_BS
+    reach, decay = 1, gamma * lam
+    while reach < order_BS.shape[1]:  # each cell holds the sum over `reach` surprises from its own on
+        further_BS = torch.add(sum_BS[:, :-reach], sum_BS[:, reach:], alpha=decay)
+        sum_BS = torch.cat([further_BS, sum_BS[:, -reach:]], 1)
+        reach, decay = 2 * reach, decay * decay
+    return sum_BS.new_zeros(mask_BT.shape).scatter(1, order_BS, sum_BS)
 
 
 def to_go(reward_BT: Tensor, mask_BT: Tensor, gamma: float = 1.0) -> Tensor:
