@@ -151,6 +151,54 @@ def test_memory_that_runs_out_halves_the_micro_batch_and_keeps_the_gradient(name
     assert len(line.told) == 1, "told once"
 
 
+@dataclass(frozen=True)
+class Words(Points):
+    """Points that come as so many tokens."""
+
+    tokens_BT: Tensor
+    real_BT: Tensor
+
+
+def words(*lengths: int) -> Words:
+    real_BT = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return Words(**vars(points(len(lengths))), tokens_BT=real_BT.long() * 5, real_BT=real_BT)
+
+
+def test_a_budget_of_tokens_is_halved_too_and_remembered() -> None:
+    """A long row that goes alone is no reason to give up; each try halves the largest part of several rows."""
+    line, plenty, taken = Line(), Line(), list[tuple[int, int]]()
+    batch = words(9, 9, 9, 9, 40, 6, 6, 6)
+
+    def check(part: Any) -> None:
+        if part.size > 1 and int(part.real_BT.sum()) > 20:
+            raise MemoryError
+        taken.append((part.size, int(part.real_BT.sum())))
+
+    line.before = check
+    found, expected = (x.stepper.gradient(batch, x.loss, Microbatch(tokens=1000)) for x in (line, plenty))
+    for parameter, gradient in expected.items():
+        assert torch.allclose(found[parameter], gradient, rtol=1e-6, atol=1e-6)
+    most = line.stepper.most
+    assert most.rows is None
+    assert most.tokens is not None
+    assert 18 <= most.tokens < 27
+    [told] = line.told
+    assert f"a micro-batch of 1,000 tokens. From now on it has {most.tokens} tokens" in told
+    assert f"Set tokens_per_microbatch: {most.tokens} to begin" in told
+    taken.clear()
+    line.stepper.gradient(batch, line.loss, Microbatch(tokens=1000))
+    assert len(line.told) == 1, "told once"
+    assert sum(size for size, _ in taken) == 8
+    assert all(size == 1 or count <= most.tokens for size, count in taken), "remembered"
+
+
+def test_both_limits_are_kept_when_memory_runs_out() -> None:
+    line = Line()
+    line.before = at_most(2, MemoryError)
+    line.stepper.gradient(words(*[5] * 12), line.loss, Microbatch(rows=6, tokens=1000))
+    assert line.stepper.most == Microbatch(tokens=7)  # 6 rows hold 30, 3 rows 15
+
+
 def test_the_metrics_of_the_failed_try_are_not_counted() -> None:
     line, plenty, sizes = Line(), Line(), list[int]()
     line.before = lambda part: sizes.append(part.size)

@@ -173,8 +173,8 @@ def keeps_the_laws(algorithm: Any) -> None:
     cast, batch = real(algorithm)
     whole = law.gradients(cast, batch, algorithm, batch.size)
     assert any(g.abs().max() > 0 for g in whole.values())
-    for size in (1, 3):
-        assert law.distance(whole, law.gradients(cast, batch, algorithm, size)) < 1e-6
+    for most in (1, 3, *law.BY_TOKENS):
+        assert law.distance(whole, law.gradients(cast, batch, algorithm, most)) < 1e-6
     assert law.distance(whole, law.gradients(cast, spoiled(batch), algorithm, 3)) < 1e-6
 
 

@@ -330,8 +330,8 @@ def test_every_loss_keeps_the_law_of_micro_batches_and_of_padding() -> None:
         batch = cases.ready(algorithm, cast, raw)
         whole = law.gradients(cast, batch, algorithm, batch.size)
         assert all(torch.isfinite(g).all() for g in whole.values())
-        for size in (1, 2, 5):
-            assert law.distance(whole, law.gradients(cast, batch, algorithm, size)) < 1e-6
+        for most in (1, 2, 5, *law.BY_TOKENS):
+            assert law.distance(whole, law.gradients(cast, batch, algorithm, most)) < 1e-6
         left = cases.ready(algorithm, cast, cases.left_padded(raw))
         assert law.distance(whole, law.gradients(cast, left, algorithm, 6)) < 1e-5
         torch.testing.assert_close(

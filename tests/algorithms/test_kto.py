@@ -221,8 +221,8 @@ def test_laws_of_micro_batches_and_padding(loss_type: str, layout: str) -> None:
     algorithm, ready = prepared(cast, batch, loss_type=loss_type)
     whole = law.gradients(cast, ready, algorithm, 6)
     assert any(g.abs().max() > 0 for g in whole.values())
-    for size in (1, 2, 5):
-        assert law.distance(whole, law.gradients(cast, ready, algorithm, size)) < 1e-6
+    for most in (1, 2, 5, *law.BY_TOKENS):
+        assert law.distance(whole, law.gradients(cast, ready, algorithm, most)) < 1e-6
     _, spoiled = prepared(cast, law.widened(law.spoiled(batch)), loss_type=loss_type)
     assert spoiled.kl == pytest.approx(ready.kl, abs=1e-5)
     assert spoiled.ref_logp_BT is not None
