@@ -98,7 +98,9 @@ def _panel(title: str, one: Found, left: int, top: int) -> str:
     for i in xs[::2]:
         parts.append(f'<text x="{x(i):.1f}" y="{y.start + 15}" text-anchor="middle">{_short(i)}</text>')
     ends = (xs[0], xs[-1])
-    parts.append(_stroke("one", x, y, [(i, one.points[0][1] * i / xs[0]) for i in ends]))
+    first = one.points[0][1]
+    leaves = min(xs[-1], xs[0] * y.high / first)  # where a line of exponent 1 meets the upper edge
+    parts.append(_stroke("one", x, y, [(i, first * i / xs[0]) for i in (xs[0], leaves)]))
     parts.append(_stroke("line", x, y, [(i, one.factor * i**one.exponent) for i in ends]))
     for size, middle, least, most in one.points:
         parts.append(_stroke("range", x, y, [(size, least), (size, most)]))
