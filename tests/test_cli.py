@@ -140,7 +140,7 @@ def test_settings_come_from_a_file_and_are_changed_by_words(lab: Path) -> None:
     resolved = (lab / "runs/filed/resolved.yaml").read_text()
     assert "max_steps: 2  # command line" in resolved
     assert "batch_size: 8  # file" in resolved
-    assert "microbatch_size: 8  # default" in resolved
+    assert "logging_steps: 10  # default" in resolved
 
 
 def test_data_check_for_people_and_machines(lab: Path) -> None:

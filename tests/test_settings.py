@@ -145,3 +145,12 @@ def test_anchors_and_merges_may_be_used(tmp_path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("base: &base {a: 1, b: 2}\none: {<<: *base, b: 3}\nmany: [*base, *base]\n")
     assert read_yaml(path) == {"base": {"a": 1, "b": 2}, "one": {"a": 1, "b": 3}, "many": [{"a": 1, "b": 2}] * 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"),
+    [("ppo", "rollout_forward_batch_size"), ("kto", "forward_batch_size"), ("dpo", "reference_batch_size")],
+)
+def test_a_setting_that_is_gone_says_so_and_what_is_there_instead(kind: str, key: str) -> None:
+    with pytest.raises(PalateError, match=rf"stages\.1\.algorithm: '{key}' is gone.*tokens_per_microbatch.*Delete"):
+        build("algorithms", {"kind": kind, key: 64}, "stages.1.algorithm")

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from palate import settings
 from palate.run import Experiment
-from palate.settings import PalateError, Settings, nearest
+from palate.settings import PalateError, Settings
 
 STAGE = "stages.0"
 
@@ -54,8 +54,7 @@ class OneStage:
         if owners:
             choices = " or ".join(f"{owner}.{first}" for owner in owners)
             raise PalateError(f"{first}: several groups of settings have it. Write {choices}.")
-        known = list(self.known())
-        raise PalateError(f"there is no setting {first!r}.{nearest(first, known)} Known: {', '.join(sorted(known))}.")
+        raise PalateError(settings.unknown(first, self.known()))
 
     def known(self) -> Iterator[str]:
         """Every name that may be given at the top."""

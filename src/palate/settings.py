@@ -56,6 +56,16 @@ _GONE = dict.fromkeys(
 """Settings of earlier versions, and what to do instead."""
 
 
+def unknown(key: str, known: Iterable[str]) -> str:
+    """What to say of a setting that is none: it is gone, or there never was one of that name."""
+    names = sorted(known)
+    return (
+        f"{key!r} is gone: {_GONE[key]}"
+        if key in _GONE
+        else f"there is no setting {key!r}.{nearest(key, names)} Known: {', '.join(names)}."
+    )
+
+
 class Settings(BaseModel):
     """A frozen value that refuses keys it does not know. The docstring under a field is its help text."""
 
@@ -72,13 +82,8 @@ class Settings(BaseModel):
     def _know_every_key(cls, given: Any) -> Any:
         if isinstance(given, dict):
             for key in cast(dict[str, Any], given):
-                if key in _GONE and key not in cls.model_fields:
-                    raise ValueError(f"{key!r} is gone: {_GONE[key]}")
                 if key not in cls.model_fields:
-                    known = ", ".join(sorted(cls.model_fields))
-                    raise ValueError(
-                        f"there is no setting {key!r}.{nearest(str(key), cls.model_fields)} Known: {known}."
-                    )
+                    raise ValueError(unknown(str(key), cls.model_fields))
         return given
 
 

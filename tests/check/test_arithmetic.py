@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from palate.check.arithmetic import Offline, Online, counted
+from palate.check.arithmetic import Offline, Online, counted, typical
 from palate.check.found import RecipeFound
+from palate.cutting import Microbatch
 from palate.live import Display
 from palate.run import execute, plan_file
 
@@ -51,6 +52,16 @@ def test_an_offline_stage_by_hand() -> None:
     assert found.turns == 30
     assert "3 of 103 fill no batch" in found.words[1]
     assert "3 epochs × 10 = 30 optimiser steps" in found.words
+
+
+def test_micro_batches_by_tokens_are_counted_by_rows_of_usual_length() -> None:
+    assert typical(Microbatch(tokens=4096), 64, 100.0) == 40
+    assert typical(Microbatch(rows=8, tokens=4096), 64, 100.0) == 8
+    assert typical(Microbatch(tokens=4096), 64, 5000.0) == 1
+    assert typical(Microbatch(), 64, 100.0) == 64
+    found = Offline(103, 5, 64, typical(Microbatch(tokens=4096), 64, 100.0), 3, None, tokens=4096).batches()
+    assert found.words[0] == "64 rows a step = about 2 micro-batches of at most 4,096 tokens"
+    assert Online(100, 64, 1, 1, 1, 64, 640, tokens=9000).batches().words[2] == "64 answers a step = one forward pass"
 
 
 def test_max_steps_end_it() -> None:
