@@ -68,3 +68,16 @@ def test_several_processes_without_a_launcher_are_refused(monkeypatch: pytest.Mo
     monkeypatch.setenv("WORLD_SIZE", "two")
     with pytest.raises(PalateError, match="WORLD_SIZE: expected a whole number"), joined():
         pass
+
+
+def test_the_norm_of_a_gradient_is_that_of_all_its_numbers_in_double_precision() -> None:
+    """Also where millions of squares are added, of which a sum in float32 loses the end."""
+    shapes = [(700, 3000), (2_000_000,), (5,), (), (0, 4)]
+    generator = torch.Generator().manual_seed(2)
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in shapes]
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    exact = sum(float(p.grad.double().square().sum()) for p in parameters if p.grad is not None) ** 0.5
+    parameters.append(torch.nn.Parameter(torch.zeros(3)))  # one that no loss reached
+    assert World().norm(parameters) == pytest.approx(exact, rel=1e-6)
+    assert World().norm([]) == 0.0

@@ -174,11 +174,11 @@ class World:
 
     def norm(self, parameters: Sequence[nn.Parameter]) -> float:
         """The global norm of the gradient, each number of it counted once."""
-        squares = {True: 0.0, False: 0.0}
+        mine = {True: list[Tensor](), False: list[Tensor]()}
         for parameter in parameters:
             if parameter.grad is not None:
-                squares[isinstance(parameter, DTensor)] += float(local(parameter.grad).double().square().sum())
-        return (self.sum(squares[True]) + squares[False]) ** 0.5
+                mine[isinstance(parameter, DTensor)].append(_of_rows(local(parameter.grad)))
+        return (self.sum(_square(mine[True])) + _square(mine[False])) ** 0.5
 
     def shard(self, root: nn.Module, blocks: Callable[[], Iterable[nn.Module]], trains: bool) -> None:
         """Spread the weights of a module over the ranks, as the strategy says; blocks are gathered one at a time.
@@ -272,6 +272,18 @@ def part_like(parameter: Tensor, full: Tensor) -> Tensor:
     near = full.to(parameter.device_mesh.device_type)
     spread = distribute_tensor(near, parameter.device_mesh, parameter.placements, src_data_rank=None)
     return spread.to_local()
+
+
+def _of_rows(x: Tensor) -> Tensor:
+    """The norm of each row, in the format of `x`; that of a vector, which may be long, in float64."""
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64 if x.dim() < 2 else None).flatten()
+
+
+def _square(norms: Sequence[Tensor]) -> float:
+    """The sum of squares, in float64."""
+    if not norms:
+        return 0.0
+    return float(torch.cat([norm_R.to(norms[0].device) for norm_R in norms]).double().square().sum())
 
 
 def _buckets(gradients: Sequence[Tensor]) -> Generator[list[Tensor]]:
