@@ -44,7 +44,7 @@ def _gradients(parts, weights, inputs):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
 @pytest.mark.parametrize("kind", ["linear", "no bias", "any head"])
 def test_numbers_and_gradients(monkeypatch, kept, shape, kind):
-    monkeypatch.setattr(module, "_KEEP", kept)
+    monkeypatch.setattr(module, "KEEP", kept)
     monkeypatch.setattr(module, "_LEAST", 50)
     monkeypatch.setattr(module, "_BLOCK", 1)
     hidden, head, token = _given(bias=kind != "no bias")

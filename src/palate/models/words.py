@@ -20,7 +20,7 @@ _BLOCK = 1 << 22
 """Numbers of one block of logits: 16 MiB in float32, about what a processor's cache holds."""
 _LEAST, _MOST = 128, 2048
 """Rows of a block: fewer leave the matrix product slow, more gain nothing."""
-_KEEP = 1 << 24
+KEEP = 1 << 24
 """Probabilities that one call keeps for its backward pass, 64 MiB in float32; the rest is computed again."""
 
 
@@ -63,6 +63,7 @@ def words(
     """Logits of `token_N` under a head N×D → N×V, of which the first `vocabulary` count; differentiable.
 
     A plain linear layer is multiplied out here; any other head is asked block by block, and again when its gradient is.
+    Under autocast the products are in its format, and their sums and gradients in float32.
     """
     rows = max(_LEAST, min(_MOST, _BLOCK // vocabulary))
     if _plain(head):
@@ -120,6 +121,12 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _form(x: Tensor) -> torch.dtype:
+    """The number format in which a product with `x` is computed here."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
 class _Words(torch.autograd.Function):
     """The same for a linear head, with its gradients: of logit_N, total_N and entropy_N, to hidden, weight and bias."""
 
@@ -136,6 +143,10 @@ class _Words(torch.autograd.Function):
         likeliest: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         ctx.set_materialize_grads(False)
+        # The backward pass is outside of autocast, and one cast here is cheaper than one for each block.
+        form = _form(hidden_ND)
+        hidden_ND, weight_VD = hidden_ND.to(form), weight_VD.to(form)
+        bias_V = None if bias_V is None else bias_V.to(form)
         learns, kept = any(ctx.needs_input_grad[:3]), list[Tensor]()
         parts: list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]] = []
         for hidden_nD, token_n in zip(hidden_ND.split(rows), token_N.split(rows), strict=True):
@@ -146,7 +157,7 @@ class _Words(torch.autograd.Function):
             sum_n = e_nV.sum(-1)
             total_n = sum_n.log() + top_n.values
             spread_n = total_n - (e_nV * logits_nV).sum(-1) / sum_n if entropy else None
-            if learns and (len(kept) + 1) * rows * weight_VD.shape[0] <= _KEEP:
+            if learns and (len(kept) + 1) * rows * weight_VD.shape[0] <= KEEP:
                 kept.append(e_nV.div_(sum_n[:, None]))
             parts.append((logit_n, total_n, spread_n, top_n.indices if likeliest else None))
         joined = [None if one[0] is None else torch.cat(cast(Any, one)) for one in zip(*parts, strict=True)]
@@ -173,22 +184,17 @@ class _Words(torch.autograd.Function):
             grad_nV = _of_logits(
                 p_nV, token_N[at], sum_N[at], ctx.shape, *_pick(at, logit_N, total_N, entropy_N, spread_N)
             )
-            grad_nV = grad_nV.to(hidden_ND.dtype)
-            if needs_hidden:
-                down.append(linear.input_gradient(grad_nV, weight_VD.to(grad_nV.dtype)))
-            if needs_weight:
-                part = linear.weight_gradient(grad_nV, hidden_nD)
-                weight = part if weight is None else weight.add_(part)
             if needs_bias:
                 part = grad_nV.sum(0)
                 bias = part if bias is None else bias.add_(part)
+            grad_nV = grad_nV.to(hidden_ND.dtype)
+            if needs_hidden:
+                down.append(linear.input_gradient(grad_nV, weight_VD))
+            if needs_weight:
+                part = _wide(linear.weight_gradient(grad_nV, hidden_nD))
+                weight = part if weight is None else weight.add_(part)
         ctx.kept.clear()
-        return (
-            torch.cat(down) if needs_hidden else None,
-            None if weight is None else weight.to(weight_VD.dtype),
-            bias,
-            *[None] * 5,
-        )
+        return (torch.cat(down) if needs_hidden else None, weight, bias, *[None] * 5)  # autograd casts to the inputs'
 
 
 def _blocks(rows: int, size: int) -> Iterator[slice]:
