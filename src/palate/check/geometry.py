@@ -35,7 +35,7 @@ BOUNDS: Mapping[torch.dtype, float] = {
     torch.float16: 1e-2,
     torch.bfloat16: 5e-2,
 }
-"""How far two gradients of one update may lie apart, relative to their size, by the number format of the weights.
+"""How far two gradients of one update may lie apart, relative to their size, by the number format of the products.
 
 In half precision a sum over other parts rounds otherwise at every layer; float32 is where the law is held to 1e-6."""
 _RANKS = 2

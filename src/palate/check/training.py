@@ -96,6 +96,8 @@ def describe(loaded: Loaded, asked: object, trained: bool = True) -> str:
     count = sum(p.numel() for p in trunk.parameters())
     name = asked if isinstance(asked, str) else loaded.source
     form = str(trunk.dtype).removeprefix("torch.")
+    if trunk.compute is not None:
+        form += f", computing in {str(trunk.compute).removeprefix('torch.')}"
     return (
         f"{name}{'' if trained else ' (not trained yet)'}: {trunk.family}, {count:,} parameters in {form}, "
         f"{loaded.tokenizer.size:,} ids, context {trunk.context:,}"

@@ -31,7 +31,7 @@ class Update:
     @property
     def dtype(self) -> torch.dtype:
         """The number format its weights compute in."""
-        return self.cast.seat(self.trains[0]).trunk.dtype
+        return self.cast.seat(self.trains[0]).trunk.computes_in
 
     def gradient(self, microbatch: Microbatch, world: World) -> dict[str, Tensor]:
         """The gradient in parts within `microbatch`, by name; no weight moves."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -47,6 +47,9 @@ class Loading(Settings):
 
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the weights; logits and losses are float32 in any case."""
+    compute: Literal["bfloat16"] | None = None
+    """bfloat16: training and rollouts multiply in bfloat16 while weights, their gradients and Adam stay float32. Left
+    out, in the weights' own format."""
     device: str = "auto"
     """Where the weights go: auto takes the GPU where there is one, or write cpu, cuda, cuda:1."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] | None = None
@@ -67,6 +70,15 @@ class Loading(Settings):
         if device != "auto":
             _require_device(device)
         return device
+
+    @model_validator(mode="after")
+    def _has_masters(self) -> Loading:
+        if self.compute is not None and self.dtype != "float32":
+            raise ValueError(
+                f"compute: {self.compute} is beside weights in float32, and dtype is {self.dtype}. "
+                "Leave dtype out, or compute."
+            )
+        return self
 
     @property
     def place(self) -> torch.device:
@@ -132,6 +144,8 @@ def load(path: str | Path, use: Use = "policy", how: Loading | None = None) -> L
         _check_policy(path, trunk, tokenizer)
     if how.attention is not None:  # what was asked for is what runs: on padded rows
         trunk.packs = False
+    if how.compute is not None:
+        trunk.compute = getattr(torch, how.compute)
     if how.checkpoint_activations:
         trunk.checkpoint_activations()
     placed = {role: one.to(how.place) for role, one in heads.items()}

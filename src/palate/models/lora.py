@@ -53,7 +53,7 @@ class LowRank(nn.Module):
         self.scale = scale
 
     def forward(self, x: Tensor) -> Tensor:
-        """… × in → … × out, in float32."""
+        """… × in → … × out, in float32; under autocast in its format."""
         return functional.linear(functional.linear(x.float(), self.a), self.b) * self.scale
 
 

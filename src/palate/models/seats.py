@@ -128,10 +128,11 @@ def _separate(layout: Layout, trunk: Trunk, roles: Sequence[str], key: int, valu
 
 def _mute_copy(trunk: Trunk) -> Trunk:
     """The trunk's body with weights of its own and no language-model head, which a scalar role never uses."""
-    return _recomputing_as(trunk, Trunk(copy.deepcopy(trunk.base), trunk.vocabulary).requires_grad_(True))
+    return _computing_as(trunk, Trunk(copy.deepcopy(trunk.base), trunk.vocabulary).requires_grad_(True))
 
 
-def _recomputing_as(trunk: Trunk, twin: Trunk) -> Trunk:
+def _computing_as(trunk: Trunk, twin: Trunk) -> Trunk:
+    twin.compute = trunk.compute
     if trunk.recomputes:
         twin.checkpoint_activations()
     return twin
@@ -146,7 +147,7 @@ def _hydra(layout: Layout, trunk: Trunk, roles: Sequence[str], key: int, value: 
     freeze_below(trunk, layout.unfrozen_blocks)
     found: _Places = {role: (frozen_copy(trunk) if role == "reference" else trunk, None) for role in roles}
     if layout.value_blocks and "value" in roles and "policy" in roles:
-        found["value"] = (_recomputing_as(trunk, branch(trunk, layout.value_blocks)), None)
+        found["value"] = (_computing_as(trunk, branch(trunk, layout.value_blocks)), None)
     return found
 
 

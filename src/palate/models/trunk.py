@@ -56,7 +56,8 @@ class Trunk(nn.Module):
     `vocabulary` is how many ids the tokenizer has: logits of ids at or beyond it are −inf. `causal` is
     measured, not believed: hidden states must not move when a later token is edited. `packs` says that rows go through
     as one stream without pads; measured too. `speaks` is False where the model has no language-model head (a reward or
-    value trunk). `width` is D, `context` the longest sequence.
+    value trunk). `width` is D, `context` the longest sequence. With `compute` set, passes are under autocast to that
+    format, and weights and gradients stay in theirs.
 
     Raises PalateError when the logits computed here would differ from the model's own.
     """
@@ -67,6 +68,7 @@ class Trunk(nn.Module):
         self.vocabulary = vocabulary
         self.recomputes = False
         self.computes_on: torch.device | None = None
+        self.compute: torch.dtype | None = None
         _silence_dropout(model)
         linear.speed_up(model)
         self.first_position, self.context = _positions(self.base)
@@ -85,7 +87,10 @@ class Trunk(nn.Module):
 
     def forward(self, work: Callable[[], T]) -> T:
         """What `work` gives. Every pass goes through here, where FSDP2's hooks gather sharded weights."""
-        return work()
+        if self.compute is None:
+            return work()
+        with torch.autocast(self.device.type, self.compute):
+            return work()
 
     @property
     def base(self) -> PreTrainedModel:
@@ -111,6 +116,11 @@ class Trunk(nn.Module):
     def dtype(self) -> torch.dtype:
         """The weights' number format; logits and everything computed from them are float32."""
         return next(self.parameters()).dtype
+
+    @property
+    def computes_in(self) -> torch.dtype:
+        """The number format of its matrix products, which says how far two passes over the same tokens may differ."""
+        return self.compute or self.dtype
 
     def checkpoint_activations(self) -> None:
         """Keep only the blocks' inputs for the backward pass and compute the rest again: memory for time."""

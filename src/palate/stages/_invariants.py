@@ -40,7 +40,7 @@ def publication(cast: Cast, canary: Rollouts, version: int) -> Publication:
         fingerprints=fingerprints(weights),
         canary=canary,
         canary_logp_BT=said_BT,
-        dtype=trunk.dtype,
+        dtype=trunk.computes_in,
         weights=lambda: weights,
     )
 
@@ -99,7 +99,7 @@ def require_agreement(cast: Cast, rollouts: Rollouts, version: int) -> dict[str,
     gap_N = (cast.logp("policy", rows, rows.temperature) - rows.logp_BT)[rows.action_BT].abs()
     if not bool(gap_N.isfinite().all()):
         raise NotFinite("rollouts: the log-probability of a token that was drawn is not a finite number.")
-    mean, largest = CLOSE[cast.seat("policy").trunk.dtype]
+    mean, largest = CLOSE[cast.seat("policy").trunk.computes_in]
     there, most = float(gap_N.mean()), float(gap_N.max())
     if there > mean or most > largest:
         raise PalateError(

@@ -207,7 +207,7 @@ class _Loop:
         _invariants.require_finite(experience)
         if number == 1:
             length = float(scored.rollouts.length_B.float().mean())
-            _invariants.require_no_kl_yet(experience.metrics, length, self.loaded.trunk.dtype)
+            _invariants.require_no_kl_yet(experience.metrics, length, self.loaded.trunk.computes_in)
         sampled = number == 1 or number % self.stage.sample_steps == 0 or number == self.stage.iterations
         return Lesson(
             number,
@@ -252,7 +252,7 @@ class _Loop:
                     if seen is not None:
                         self.algorithm.after(self.cast, self._steps(number, lesson.position))
                     if seen is not None and lesson.taken == 0:
-                        _invariants.require_first_minibatch(seen, self.loaded.trunk.dtype, number)
+                        _invariants.require_first_minibatch(seen, self.loaded.trunk.computes_in, number)
                     lesson.add(seen)
         lesson.seconds += time.perf_counter() - started
 
