@@ -199,6 +199,9 @@ class Rollouts(Tokens):
     """The temperature of the distribution the tokens were drawn from and `logp_BT` speaks of."""
     limit: int | None = None
     """The longest answer in tokens there could have been; none where nobody set one."""
+    value_BT: Tensor | None = None
+    """Values that were spoken beside the tokens, where the sampler has the value head: of the state before each action
+    token, 0 elsewhere."""
 
     @property
     def length_B(self) -> Tensor:

@@ -22,10 +22,13 @@ def key(*parts: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(spelled, digest_size=8).digest(), "little")
 
 
-def uniforms(keys_B: NDArray[np.uint64], counter: int) -> NDArray[np.float64]:
-    """One number in [0, 1) per key for the given counter (SplitMix64, Steele et al. 2014; 53 bits)."""
+def uniforms(keys_B: NDArray[np.uint64], counter: int | NDArray[np.int64]) -> NDArray[np.float64]:
+    """One number in [0, 1) per key for the given counter (SplitMix64, Steele et al. 2014; 53 bits).
+
+    Counters and keys of any shapes that broadcast.
+    """
     with np.errstate(over="ignore"):
-        z = keys_B + _GOLDEN * np.uint64(counter + 1)
+        z = keys_B + _GOLDEN * np.asarray(counter + 1).astype(np.uint64)
         z = (z ^ (z >> np.uint64(30))) * _MIX_1
         z = (z ^ (z >> np.uint64(27))) * _MIX_2
         z = z ^ (z >> np.uint64(31))

@@ -63,7 +63,7 @@ def test_draws_come_as_often_as_the_distribution_says() -> None:
     draws = 20_000
     keys = np.array([randomness.key("draw", i) for i in range(draws)], dtype=np.uint64)
     uniform_B = torch.from_numpy(randomness.uniforms(keys, 0))
-    tokens = draw(probability.log().expand(draws, -1), uniform_B)
+    tokens = draw(probability.expand(draws, -1), uniform_B)
     counts = torch.bincount(tokens, minlength=5).double()
     possible = probability > 0
     expected = probability.double() * draws
@@ -74,13 +74,58 @@ def test_draws_come_as_often_as_the_distribution_says() -> None:
 def test_successive_tokens_of_one_answer_are_independent() -> None:
     """Joint frequencies of tokens t and t + 1 over a uniform of four; 15 degrees of freedom, 0.1 % point 37.7."""
     keys = np.array([randomness.key("pairs", i) for i in range(16_000)], dtype=np.uint64)
-    logp_BV = torch.zeros(len(keys), 4).log_softmax(-1)
-    first, second = (draw(logp_BV, torch.from_numpy(randomness.uniforms(keys, t))) for t in (6, 7))
+    quarter_BV = torch.full((len(keys), 4), 0.25)
+    first, second = (draw(quarter_BV, torch.from_numpy(randomness.uniforms(keys, t))) for t in (6, 7))
     counts = torch.bincount(first * 4 + second, minlength=16).double()
     assert ((counts - 1000.0) ** 2 / 1000.0).sum() < 37.7
 
 
 def test_the_borders_of_the_unit_interval_draw_possible_tokens() -> None:
-    logp_BV = torch.tensor([[0.0, 0.25, 0.5, 0.25, 0.0]]).log().expand(4, -1)
+    probability_BV = torch.tensor([[0.0, 0.25, 0.5, 0.25, 0.0]]).expand(4, -1)
     uniform_B = torch.tensor([0.0, 0.25, 1.0 - 2.0**-53, 0.2499999], dtype=torch.float64)
-    assert draw(logp_BV, uniform_B).tolist() == [1, 2, 3, 1]
+    assert draw(probability_BV, uniform_B).tolist() == [1, 2, 3, 1]
+
+
+def in_one_sum(probability_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
+    """The draw by one cumulative sum over the whole vocabulary, in float64."""
+    cumulative_BV = probability_BV.double().cumsum(-1)
+    return torch.searchsorted(cumulative_BV, uniform_B[:, None] * cumulative_BV[:, -1:], right=True)[:, 0]
+
+
+@pytest.mark.parametrize("size", [5, 63, 64, 65, 128, 1000, 6001])
+@pytest.mark.parametrize("spread", [0.1, 3.0, 30.0])
+def test_two_levels_draw_what_one_sum_draws(size: int, spread: float) -> None:
+    """All but where u lies within rounding of a border: then the neighbour with mass."""
+    noise = np.random.default_rng(size).normal(size=(400, size)).astype(np.float32)
+    probability_BV = (torch.from_numpy(noise) * spread).softmax(-1)
+    uniform_B = torch.from_numpy(np.random.default_rng(1).random(400))
+    found, expected = draw(probability_BV, uniform_B), in_one_sum(probability_BV, uniform_B)
+    below_BV = probability_BV.double().cumsum(-1) / probability_BV.double().sum(-1, keepdim=True)
+    gap_B = (below_BV - uniform_B[:, None]).abs().amin(-1)
+    assert bool((found == expected)[gap_B > 3e-7].all())
+    assert float((found == expected).double().mean()) > 0.98
+    assert bool((probability_BV.gather(1, found[:, None]) > 0).all())
+
+
+def test_impossible_tokens_are_not_drawn_at_any_border() -> None:
+    """Mass in the middle of a block, at its edges and in the last incomplete one; u at and next to every border."""
+    size = 150
+    for places in ([0], [63, 64], [70, 127, 128], [5, 149], [149]):
+        probability_V = torch.zeros(size)
+        probability_V[places] = torch.arange(1.0, len(places) + 1)
+        probability_V /= probability_V.sum()
+        borders = torch.cat([torch.zeros(1).double(), probability_V.double().cumsum(0)[places]])
+        around = torch.cat([borders, borders - 2.0**-53, borders + 2.0**-53]).clamp(0, 1 - 2.0**-53)
+        assert set(draw(probability_V.expand(len(around), -1), around).tolist()) == set(places)
+
+
+def test_rows_that_are_no_numbers_give_an_id_all_the_same() -> None:
+    """The engine refuses them by their log-probability, once for all rows."""
+    assert 0 <= int(draw(torch.full((1, 70), float("nan")), torch.tensor([0.5], dtype=torch.float64))) < 70
+
+
+def test_only_early_rows_cannot_end() -> None:
+    logits_BV = torch.zeros(2, 3)
+    logp_BV = drawn_from(logits_BV, Sampling(), torch.tensor([1]), early=torch.tensor([True, False]))
+    assert logp_BV.isneginf().tolist() == [[False, True, False], [False, False, False]]
+    assert not bool(logits_BV.isneginf().any()), "the model's own logits are left as they are"

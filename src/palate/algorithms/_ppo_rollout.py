@@ -49,15 +49,15 @@ def hear(
     position: Literal["last", "after"],
     old: Literal["sampled", "recomputed"],
 ) -> Heard:
-    """Old log-probabilities, the reference's, and values; no gradient."""
+    """Old log-probabilities, the reference's, and values, unless they were spoken with the tokens; no gradient."""
     rows = scored.rollouts
     tokens, token_reward_BT = Tokens(rows.tokens_BT, rows.real_BT, rows.action_BT), scored.token_reward_BT
     sampled_BT = rows.logp_BT
     if position == "after":
         tokens, token_reward_BT, sampled_BT = _widen(tokens), _column(token_reward_BT), _column(sampled_BT)
-    value_BT = cast.chunked(tokens, lambda part: cast.values("value", part))
-    ref_BT = cast.chunked(tokens, lambda part: cast.logp("reference", part, rows.temperature))
-    logp_BT = sampled_BT
+    spoken_BT = rows.value_BT if (position, old) == ("last", "sampled") else None
+    value_BT = cast.chunked(tokens, lambda part: cast.values("value", part)) if spoken_BT is None else spoken_BT
+    ref_BT, logp_BT = cast.chunked(tokens, lambda part: cast.logp("reference", part, rows.temperature)), sampled_BT
     if old == "recomputed":
         logp_BT = cast.chunked(tokens, lambda part: cast.logp("policy", part, rows.temperature))
     mask_BT = tokens.action_BT

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, Self
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
+import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -135,26 +137,73 @@ def lay_out(
     limit: int | None = None,
 ) -> Rollouts:
     """Rows [prompt][answer][padding] from ragged lists, the answers to one prompt adjacent."""
-    per_prompt = answers_per_prompt(len(prompt_ids), len(answer_ids))
-    owner = [row // per_prompt for row in range(len(answer_ids))]
-    starts = [len(prompt_ids[p]) for p in owner]
-    ends = [s + len(a) for s, a in zip(starts, answer_ids, strict=True)]
-    shape = len(answer_ids), max(ends)
-    tokens_BT, logp_BT = torch.full(shape, pad), torch.zeros(shape)
-    for row, (p, start, end) in enumerate(zip(owner, starts, ends, strict=True)):
-        tokens_BT[row, :end] = torch.tensor([*prompt_ids[p], *answer_ids[row]])
-        logp_BT[row, start:end] = torch.tensor(logps[row])
-    place_T = torch.arange(shape[1])
-    start_B1, end_B1 = torch.tensor(starts)[:, None], torch.tensor(ends)[:, None]
-    rows = Rollouts(
-        tokens_BT=tokens_BT,
-        real_BT=place_T < end_B1,
-        action_BT=(place_T >= start_B1) & (place_T < end_B1),
-        logp_BT=logp_BT,
+    tokens_BM, written_BM = _table(answer_ids, np.int64)
+    written = Written(
+        tokens_BM=torch.from_numpy(tokens_BM),
+        logp_BM=torch.from_numpy(_table(logps, np.float32)[0]),
+        count_B=torch.from_numpy(written_BM.sum(-1)),
         finished_B=torch.tensor(list(finished)),
-        prompt_B=torch.tensor(owner),
+    )
+    rows = lay(prompt_ids, written, pad=pad, version=version, temperature=temperature, limit=limit)
+    return rows.to(device)
+
+
+@dataclass(frozen=True)
+class Written:
+    """B answers of up to M tokens, from the first column on; what stands behind the first `count_B` means nothing.
+
+    `value_BM` are the values of the states before the tokens, where someone spoke them.
+    """
+
+    tokens_BM: Tensor
+    logp_BM: Tensor
+    count_B: Tensor
+    finished_B: Tensor
+    value_BM: Tensor | None = None
+
+
+def lay(
+    prompt_ids: Sequence[Sequence[int]],
+    written: Written,
+    *,
+    pad: int,
+    version: int,
+    temperature: float,
+    limit: int | None = None,
+) -> Rollouts:
+    """Rows [prompt][answer][padding], the answers to one prompt adjacent; on the device of what was written."""
+    count_B, device = written.count_B, written.count_B.device
+    prompt_B = torch.arange(len(count_B), device=device) // answers_per_prompt(len(prompt_ids), len(count_B))
+    prompts_PL, asked_PL = (torch.from_numpy(x).to(device) for x in _table(prompt_ids, np.int64))
+    start_B1 = asked_PL.sum(-1)[prompt_B, None]
+    end_B1 = start_B1 + count_B[:, None]
+    place_T = torch.arange(int(end_B1.max()), device=device)
+    real_BT, action_BT = place_T < end_B1, (place_T >= start_B1) & (place_T < end_B1)
+    own_BT = (place_T - start_B1).clamp(0, written.tokens_BM.shape[1] - 1)
+    asked_BT = place_T.expand_as(own_BT).clamp(max=prompts_PL.shape[1] - 1)
+
+    def placed(x_BM: Tensor) -> Tensor:
+        return x_BM.gather(1, own_BT).masked_fill(~action_BT, 0)
+
+    said_BT = torch.where(action_BT, placed(written.tokens_BM), prompts_PL[prompt_B].gather(1, asked_BT))
+    return Rollouts(
+        tokens_BT=said_BT.masked_fill(~real_BT, pad),
+        real_BT=real_BT,
+        action_BT=action_BT,
+        logp_BT=placed(written.logp_BM),
+        finished_B=written.finished_B,
+        prompt_B=prompt_B,
         version=version,
         temperature=temperature,
         limit=limit,
+        value_BT=None if written.value_BM is None else placed(written.value_BM),
     )
-    return rows.to(device)
+
+
+def _table(ragged: Sequence[Sequence[float]], kind: type[np.generic]) -> tuple[Any, Any]:
+    """Ragged rows as one table, zeros behind their ends, and where it holds something."""
+    length_B = np.array([len(row) for row in ragged])
+    real_BL = np.arange(max(1, int(length_B.max()))) < length_B[:, None]
+    table_BL = np.zeros(real_BL.shape, dtype=kind)
+    table_BL[real_BL] = np.concatenate([np.asarray(row, dtype=kind) for row in ragged])
+    return table_BL, real_BL

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from palate import randomness
 from palate.batches import Rollouts, Tokens
-from palate.engines.draw import draw, drawn_from
-from palate.engines.engine import Sampling, answers_per_prompt, lay_out
+from palate.engines.draw import allowed, draw, drawn_from
+from palate.engines.endings import Endings
+from palate.engines.engine import Sampling, Written, answers_per_prompt, lay
 from palate.engines.publication import Publication
 from palate.engines.steering import Steer
+from palate.models.decode import Padded, Read, Slots, remember, turned
+from palate.models.heads import ScalarHead
 from palate.models.lora import bare_state, wear
 from palate.models.tokenizer import Tokenizer
 from palate.models.trunk import Trunk
@@ -24,35 +28,49 @@ from palate.settings import NotFinite, PalateError
 
 _ONE_BY_ONE = 4
 """Tokens of a given text that are read as an answer is written: each over the cache of those before it."""
+_REFILL = 4
+"""New answers begin when this part of the slots is free, 1 in so many: prompts are read faster several at a time."""
 
 
-@dataclass
-class _Draft:
-    """An answer being written."""
-
-    prompt: int
-    key: int
-    tokens: list[int] = field(default_factory=list)
-    logps: list[float] = field(default_factory=list)
-    finished: bool = False
-
-
-@dataclass
+@dataclass(frozen=True)
 class _Live:
-    """The answers of one chunk that are still being written, and what the trunk remembers of them."""
+    """The answers that are being written, in the order of the memory's rows.
 
-    drafts: list[_Draft]
-    hidden_BD: Tensor
+    `hidden_BD` is the state of `last_B`, the newest token; `count_B` tokens are written; `uniform_BM` decides them all.
+    """
+
+    row_B: Tensor
+    count_B: Tensor
     last_B: Tensor
-    """The token that `hidden_BD` is the state of."""
-    real_BL: Tensor
-    cache: Any
+    hidden_BD: Tensor
+    uniform_BM: Tensor
 
-    def keep(self, index: Tensor) -> None:
-        """Only these rows go on; the rest leave the cache."""
-        self.drafts = [self.drafts[i] for i in index.tolist()]
-        self.real_BL = self.real_BL[index]
-        self.cache.batch_select_indices(index)
+    def select(self, order: Tensor) -> _Live:
+        """The rows named by `order`."""
+        return _Live(*(getattr(self, f.name)[order] for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is to be written: the prompt, key and owner of each row. `waiting` are the rows that have no slot yet."""
+
+    prompts: Sequence[Sequence[int]]
+    prompt_R: Sequence[int]
+    key_R: NDArray[np.uint64]
+    waiting: deque[int]
+    greedy: bool
+
+    def ids(self, row: int) -> tuple[int, ...]:
+        """The prompt of a row."""
+        return tuple(self.prompts[self.prompt_R[row]])
+
+
+@dataclass(frozen=True)
+class _Told:
+    """Prompts that were read, and where each is."""
+
+    read: Read
+    place: Mapping[tuple[int, ...], int]
 
 
 class LocalEngine:
@@ -67,36 +85,22 @@ class LocalEngine:
         batch_size: int = 64,
         world: World | None = None,
         steer: Steer | None = None,
+        value: ScalarHead | None = None,
     ) -> None:
         """`batch_size` is how many answers are written at once; it moves memory and speed, not answers.
 
-        `steer` changes the logits before anything else does; none leaves them to the policy.
+        `steer` changes the logits before anything else does; none leaves them to the policy. `value` is a head that
+        reads the same trunk and adapter: then answers come with `value_BT`.
 
         In a world of several ranks each writes its share and all hold the whole; every rank makes the same calls.
         """
         self.world = world or World()
         self.trunk, self.tokenizer, self.sampling = trunk, tokenizer, sampling
-        self.adapter, self.batch_size, self.steer = adapter, batch_size, steer
+        self.adapter, self.batch_size, self.steer, self.value = adapter, batch_size, steer, value
         if not (trunk.causal and trunk.speaks):
             fault = "has no language-model head" if trunk.causal else "reads both ways (an encoder)"
             raise PalateError(f"{trunk.family}: this model {fault}, so it cannot write. Take a causal language model.")
-        self._ends = self._end_tokens()
-
-    def _end_tokens(self) -> Tensor:
-        """EOS and the stop tokens; nothing where answers never stop."""
-        stops, eos = self.sampling.stop_token_ids, self.tokenizer.eos
-        unknown = [i for i in stops if not 0 <= i < self.tokenizer.size]
-        if unknown:
-            raise PalateError(
-                f"sampling.stop_token_ids: there is no token {unknown[0]}; ids run from 0 to {self.tokenizer.size - 1}."
-            )
-        if eos is None and not stops and not self.sampling.fixed_length:
-            raise PalateError(
-                "sampling: the tokenizer has no EOS, so no answer could end. Name stop_token_ids, set "
-                "fixed_length: true, or name one of its tokens as the end with the model's end_token."
-            )
-        ends = [] if self.sampling.fixed_length else [*stops, *([] if eos is None else [eos])]
-        return torch.tensor(ends, dtype=torch.long, device=self.trunk.device)
+        self._endings = Endings(tokenizer, sampling, trunk.device)
 
     @torch.no_grad()
     def publish(self, publication: Publication) -> None:
@@ -109,16 +113,21 @@ class LocalEngine:
 
         Rows are without padding; all but the last few tokens are read at once, those one by one. 0 off the action mask.
         """
-        said_BT, length = text.tokens_BT, text.tokens_BT.shape[1]
-        logp_BT, cache, start = torch.zeros(said_BT.shape, device=said_BT.device), None, 0
-        with wear(self.adapter):
-            for end in range(max(1, length - _ONE_BY_ONE), length):
-                hidden_BSD, cache = self.trunk.extend(said_BT[:, start:end], text.real_BT[:, :end], cache)
-                logits_NV = self._logits(hidden_BSD.flatten(0, 1), said_BT[:, start:end].flatten())
-                every_NV = drawn_from(logits_NV, self.sampling, self._ends, early=False)
-                following = said_BT[:, start + 1 : end + 1].reshape(-1, 1)
-                logp_BT[:, start + 1 : end + 1] = every_NV.gather(-1, following).view(said_BT.shape[0], -1)
-                start = end
+        said_BT, (rows, length) = text.tokens_BT, text.tokens_BT.shape
+        logp_BT = torch.zeros(said_BT.shape, device=said_BT.device)
+        with wear(self.adapter), turned(self.trunk):
+            memory = remember(self.trunk, rows, _ONE_BY_ONE)
+            start = max(1, length - _ONE_BY_ONE)
+            told = memory.read(said_BT[:, :start].tolist())
+            hidden_BD = memory.admit(told, torch.arange(rows, device=said_BT.device))
+            states = [*told.hidden_ND[told.place_PL].unbind(1)[:-1], hidden_BD]
+            for place in range(start, length - 1):
+                states.append(memory.step(said_BT[:, place]))
+            for place, state_BD in enumerate(states, 1):
+                if place < length and bool(text.action_BT[:, place].any()):
+                    logits_BV = self._logits(state_BD, said_BT[:, place - 1])
+                    every_BV = drawn_from(logits_BV, self.sampling, self._endings.ids, early=False)
+                    logp_BT[:, place] = every_BV.gather(-1, said_BT[:, place, None])[:, 0]
         return logp_BT * text.action_BT
 
     @torch.no_grad()
@@ -132,34 +141,43 @@ class LocalEngine:
         per_prompt = answers_per_prompt(len(prompt_ids), len(keys))
         for index, ids in enumerate(prompt_ids):
             self._check(index, ids)
-        drafts = [_Draft(row // per_prompt, key) for row, key in enumerate(keys)]
-        asked = [tuple(prompt_ids[d.prompt]) for d in drafts]
-        order = sorted(range(len(drafts)), key=lambda row: (len(asked[row]), asked[row]))
-        rows = self.world.rows_each(len(order), self.batch_size)
-        chunks = [[drafts[row] for row in order[start : start + rows]] for start in range(0, len(order), rows)]
-        with wear(self.adapter), self.world.at_hand(self.trunk), self.world.together(NotFinite):
-            for chunk, matters in self.world.deal(chunks):
-                if matters:
-                    self._write(chunk, prompt_ids, greedy)
-        drafts = self._together(drafts, order, rows)
-        return lay_out(
+        prompt_R = [row // per_prompt for row in range(len(keys))]
+        # Long prompts first: those that begin later find room, and rows of like length begin together.
+        order = sorted(range(len(keys)), key=lambda row: _longest_first(prompt_ids[prompt_R[row]]))
+        each = self.world.rows_each(len(order), self.batch_size)
+        parts = [order[start : start + each] for start in range(0, len(order), each)]
+        mine = deque(row for part in parts[self.world.rank :: self.world.size] for row in part)
+        asked = _Asked(prompt_ids, prompt_R, np.array(keys, dtype=np.uint64), mine, greedy)
+        written = self._blank(len(keys))
+        with wear(self.adapter), self.world.at_hand(self.trunk), self.world.together(NotFinite), turned(self.trunk):
+            self._write(asked, written)
+        written = self._together(written)
+        return lay(
             prompt_ids,
-            [d.tokens for d in drafts],
-            [d.logps for d in drafts],
-            [d.finished for d in drafts],
+            written,
             pad=self.tokenizer.pad,
             version=version,
             temperature=self.sampling.temperature,
-            device=self.trunk.device,
             limit=self.sampling.max_new_tokens,
         )
 
-    def _together(self, drafts: list[_Draft], order: Sequence[int], rows: int) -> list[_Draft]:
-        """Every draft as the rank that wrote it left it."""
-        own = [order[start : start + rows] for start in range(0, len(order), rows)]
-        mine = [[(row, drafts[row]) for row in chunk] for chunk in own[self.world.rank :: self.world.size]]
-        written = {row: draft for chunk in self.world.gather(mine) for row, draft in chunk}
-        return [written[row] for row in range(len(drafts))]
+    def _blank(self, rows: int) -> Written:
+        """Pages for every answer, zeros: what other ranks write is added."""
+        shape, device = (rows, self.sampling.max_new_tokens), self.trunk.device
+        number = torch.zeros(shape, device=device)
+        none_R = torch.zeros(rows, dtype=torch.long, device=device)
+        value_RM = None if self.value is None else number.clone()
+        return Written(torch.zeros(shape, dtype=torch.long, device=device), number, none_R, none_R.bool(), value_RM)
+
+    def _together(self, mine: Written) -> Written:
+        """Every answer as the rank that wrote it left it."""
+        if self.world.size == 1:
+            return mine
+        every = {f.name: getattr(mine, f.name) for f in fields(mine)}
+        added = {
+            name: self.world.sum(x.long() if x.dtype == torch.bool else x) for name, x in every.items() if x is not None
+        }
+        return replace(mine, **{**added, "finished_B": added["finished_B"].bool()})
 
     def _check(self, index: int, ids: Sequence[int]) -> None:
         room = self.trunk.context - self.sampling.max_new_tokens
@@ -173,84 +191,102 @@ class LocalEngine:
                 f"{self.sampling.max_new_tokens}. Shorten or drop the prompt, or lower max_new_tokens."
             )
 
-    def _write(self, drafts: list[_Draft], prompt_ids: Sequence[Sequence[int]], greedy: bool) -> None:
-        """Write the answers of one chunk, all places at once, dropping those that ended."""
-        live = self._read(drafts, prompt_ids)
-        for t in range(self.sampling.max_new_tokens):
-            token_B, logp_B = self._next(live, t, greedy)
-            ended_B = torch.isin(token_B, self._ends)
-            if self.sampling.stop:
-                ended_B = ended_B | self._stopped(live.drafts, token_B)
-            for draft, token, logp, ended in _rows(live.drafts, token_B, logp_B, ended_B):
-                draft.tokens.append(token)
-                draft.logps.append(logp)
-                draft.finished = ended
-            if t + 1 == self.sampling.max_new_tokens or bool(ended_B.all()):
-                return
-            if bool(ended_B.any()):
-                going = (~ended_B).nonzero()[:, 0]
-                live.keep(going)
-                token_B = token_B[going]
-            live.real_BL = torch.cat([live.real_BL, torch.ones_like(live.real_BL[:, :1])], -1)
-            live.last_B = token_B
-            hidden_B1D, live.cache = self.trunk.extend(token_B[:, None], live.real_BL, live.cache)
-            live.hidden_BD = hidden_B1D[:, -1]
+    def _write(self, asked: _Asked, written: Written) -> None:
+        """Write the answers, as many at once as there are slots; those that end make way for those that wait."""
+        slots = min(self.batch_size, len(asked.waiting))
+        memory = remember(self.trunk, slots, self.sampling.max_new_tokens)
+        told: _Told | None = None
+        live: _Live | None = None
+        while live is not None or asked.waiting:
+            enough = max(1, slots // _REFILL) if memory.refills else slots
+            if slots - memory.size >= min(enough, len(asked.waiting)) > 0:
+                told, live = self._begin(memory, told, asked, live)
+            if live is not None:
+                live = self._next(live, asked, written, memory)
+            if live is not None:
+                live = replace(live, hidden_BD=memory.step(live.last_B))
 
-    def _stopped(self, drafts: list[_Draft], token_B: Tensor) -> Tensor:
-        """Whether each answer, with its new token, now holds one of the texts that end it.
+    def _begin(
+        self, memory: Slots | Padded, told: _Told | None, asked: _Asked, live: _Live | None
+    ) -> tuple[_Told | None, _Live]:
+        """Answers that wait take the free slots. A prompt is read once, also when its answers do not begin together.
 
-        Every token has at least one byte, so a stop text lies in the last tokens, as many as it has bytes.
+        What was read is given back where more answers to one of these prompts wait.
         """
-        window = max(len(text.encode()) for text in self.sampling.stop)
-        tails = [[*d.tokens[-window:], token] for d, token in zip(drafts, token_B.tolist(), strict=True)]
-        said = [self.tokenizer.decode(tail) for tail in tails]
-        held = [any(text in one for text in self.sampling.stop) for one in said]
-        return torch.tensor(held, device=token_B.device)
+        free = min(self.batch_size - memory.size, len(asked.waiting))
+        rows = [asked.waiting.popleft() for _ in range(free)]
+        known = [row for row in rows if told is not None and asked.ids(row) in told.place]
+        fresh = rows[len(known) :]  # rows are in the order of their prompts
+        begun = [] if live is None else [live]
+        if told is not None and known:
+            begun.append(self._dealt(memory, told, asked, known))
+        if told is None or fresh:
+            place = {ids: i for i, ids in enumerate(dict.fromkeys(map(asked.ids, fresh)))}
+            told = _Told(memory.read(list(place)), place)
+            begun.append(self._dealt(memory, told, asked, fresh))
+        more = memory.refills and asked.waiting and asked.ids(asked.waiting[0]) in told.place
+        return told if more else None, _joined(begun)
 
-    def _read(self, drafts: list[_Draft], prompt_ids: Sequence[Sequence[int]]) -> _Live:
-        """Read each distinct prompt once (padded on the left), then deal it out to its answers."""
-        asked = [tuple(prompt_ids[d.prompt]) for d in drafts]
-        place = {ids: i for i, ids in enumerate(dict.fromkeys(asked))}
-        longest = max(map(len, place))
-        tokens_PL = torch.full((len(place), longest), self.tokenizer.pad)
-        real_PL = torch.zeros(len(place), longest, dtype=torch.bool)
-        for ids, i in place.items():
-            tokens_PL[i, longest - len(ids) :] = torch.tensor(ids)
-            real_PL[i, longest - len(ids) :] = True
+    def _dealt(self, memory: Slots | Padded, told: _Told, asked: _Asked, rows: Sequence[int]) -> _Live:
+        """These answers, at their beginning, in slots of the memory."""
         device = self.trunk.device
-        real_PL = real_PL.to(device)
-        hidden_PLD, cache = self.trunk.extend(tokens_PL.to(device), real_PL, None)
-        deal = torch.tensor([place[ids] for ids in asked], device=device)
-        if len(place) < len(drafts):
-            cache.batch_select_indices(deal)
-        return _Live(drafts, hidden_PLD[deal, -1], tokens_PL.to(device)[deal, -1], real_PL[deal], cache)
+        deal_B = torch.tensor([told.place[asked.ids(row)] for row in rows], device=device)
+        row_B = torch.tensor(rows, device=device)
+        hidden_BD = memory.admit(told.read, deal_B)
+        last_B = torch.tensor([asked.ids(row)[-1] for row in rows], device=device)
+        places = np.arange(0 if asked.greedy else self.sampling.max_new_tokens)
+        uniform_BM = torch.from_numpy(randomness.uniforms(asked.key_R[rows][:, None], places)).to(device)
+        return _Live(row_B, torch.zeros_like(row_B), last_B, hidden_BD, uniform_BM)
 
     def _logits(self, hidden_ND: Tensor, last_N: Tensor) -> Tensor:
         logits_NV = self.trunk.logits(hidden_ND)
         return logits_NV if self.steer is None else self.steer(logits_NV, hidden_ND, last_N)
 
-    def _next(self, live: _Live, t: int, greedy: bool) -> tuple[Tensor, Tensor]:
-        """Token t of every live answer and its log-probability."""
+    def _next(self, live: _Live, asked: _Asked, written: Written, memory: Slots | Padded) -> _Live | None:
+        """Write one token of every live answer; those that go on, in the order of the memory's rows."""
+        row_B, place_B = live.row_B, live.count_B
         logits_BV = self._logits(live.hidden_BD, live.last_B)
-        logp_BV = drawn_from(logits_BV, self.sampling, self._ends, early=t < self.sampling.min_new_tokens)
-        broken_B = logp_BV.isnan().any(-1)
-        if bool(broken_B.any()):
-            prompt = live.drafts[int(broken_B.nonzero()[0])].prompt
-            raise NotFinite(
-                f"token {t} of the answer to prompt {prompt}: the model's logits are not numbers. Its "
-                f"weights have diverged or its precision overflows: lower the learning rate, or load it in "
-                f"float32."
-            )
-        if greedy:
-            token_B = logp_BV.argmax(-1)
+        least = self.sampling.min_new_tokens
+        logits_BV = allowed(logits_BV, self.sampling, self._endings.ids, place_B < least if least else False)
+        probability_BV = logits_BV.softmax(-1)
+        if asked.greedy:
+            token_B = logits_BV.argmax(-1)
         else:
-            keys_B = np.array([d.key for d in live.drafts], dtype=np.uint64)
-            uniform_B = torch.from_numpy(randomness.uniforms(keys_B, t)).to(logp_BV.device)
-            token_B = draw(logp_BV, uniform_B)
-        return token_B, logp_BV.gather(-1, token_B[:, None])[:, 0]
+            token_B = draw(probability_BV, live.uniform_BM.gather(1, place_B[:, None])[:, 0])
+        logp_B = probability_BV.gather(1, token_B[:, None])[:, 0].log()
+        written.tokens_BM[row_B, place_B] = token_B
+        written.logp_BM[row_B, place_B] = logp_B
+        if self.value is not None and written.value_BM is not None:
+            written.value_BM[row_B, place_B] = self.value(live.hidden_BD)
+        count_B = place_B + 1
+        written.count_B[row_B] = count_B
+        ended_B = self._endings.reached(written.tokens_BM, row_B, count_B)
+        written.finished_B[row_B] = ended_B
+        over_B = ended_B | (count_B >= self.sampling.max_new_tokens)
+        state = torch.stack([over_B, logp_B.isnan()]).tolist()  # the only wait for the device in a step
+        if any(state[1]):
+            self._refuse(asked, row_B[logp_B.isnan()].tolist(), count_B[logp_B.isnan()].tolist())
+        live = replace(live, count_B=count_B, last_B=token_B)
+        going = [row for row, over in enumerate(state[0]) if not over]
+        if len(going) == memory.size:
+            return live
+        order = memory.keep(going)
+        return live.select(torch.tensor(order, device=self.trunk.device)) if order else None
+
+    def _refuse(self, asked: _Asked, rows: Sequence[int], counts: Sequence[int]) -> None:
+        prompt, count = min((asked.prompt_R[row], count) for row, count in zip(rows, counts, strict=True))
+        raise NotFinite(
+            f"token {count - 1} of the answer to prompt {prompt}: the model's logits are not numbers. Its "
+            f"weights have diverged or its precision overflows: lower the learning rate, or load it in "
+            f"float32."
+        )
 
 
-def _rows(
-    drafts: list[_Draft], token_B: Tensor, logp_B: Tensor, ended_B: Tensor
-) -> Iterator[tuple[_Draft, int, float, bool]]:
-    return zip(drafts, token_B.tolist(), logp_B.tolist(), ended_B.tolist(), strict=True)
+def _joined(parts: Sequence[_Live]) -> _Live:
+    """Rows of several parts, one behind the other."""
+    return _Live(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(_Live)))
+
+
+def _longest_first(ids: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+    """Where a prompt comes: answers that begin later find room in the memory, and neighbours are alike."""
+    return -len(ids), tuple(ids)

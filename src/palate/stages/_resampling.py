@@ -85,7 +85,9 @@ def _chosen(every: Round, chosen_G: Tensor, group: int) -> Round:
 
 def _stacked(parts: Sequence[R], pad: int) -> R:
     """Batches one below the other, padded on the right; numbers and names are the first one's."""
-    width = max((x.shape[-1] for part in parts for n, x in vars(part).items() if n.endswith("_BT")), default=0)
+    width = max(
+        (x.shape[-1] for part in parts for n, x in vars(part).items() if n.endswith("_BT") and x is not None), default=0
+    )
 
     def put(name: str, values: Sequence[Any]) -> Any:
         first = values[0]

@@ -86,12 +86,17 @@ def at_hand(asked: Scorer | None, here: Workspace) -> Scorer | None:
 def engine(
     cast: Cast, tokenizer: Tokenizer, sampling: Sampling, records: Sequence[Record], steer: Steer | None = None
 ) -> LocalEngine:
-    """The engine that speaks for the policy; conversations also end at the chat template's end of turn."""
+    """The engine that speaks for the policy; conversations also end at the chat template's end of turn.
+
+    Where the value reads what the policy reads, it speaks beside it.
+    """
     if any(not isinstance(r.prompt, str) for r in records) and not sampling.fixed_length:
         ends = tuple(i for i in stop_tokens(tokenizer) if i != tokenizer.eos)
         sampling = sampling.model_copy(update={"stop_token_ids": (*sampling.stop_token_ids, *ends)})
     seat = cast.roles["policy"]
-    return LocalEngine(seat.trunk, tokenizer, sampling, adapter=seat.adapter, world=cast.world, steer=steer)
+    value = cast.seat("value").head if "value" in cast.roles and cast.together("policy", "value") else None
+    beside = value if isinstance(value, ScalarHead) else None
+    return LocalEngine(seat.trunk, tokenizer, sampling, seat.adapter, world=cast.world, steer=steer, value=beside)
 
 
 def offline_cast(

@@ -1,0 +1,314 @@
+"""What a trunk remembers of answers being written: keys and values of B rows, one new token each at a time.
+
+`Slots` owns memory that is filled in place. All rows write their next token into the same column, whatever their
+length, and begin where their prompt begins: so a step and a sliding window are slices, and a mask is needed only
+where rows begin at different columns. `Padded` is transformers' own cache, for families whose attention does not ask
+transformers' registry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from palate.models import linear
+from palate.models.attention import Asked, Layout
+from palate.models.packed import Packed, pack
+from palate.models.trunk import Trunk
+
+_AHEAD = 64
+"""Columns for new tokens that are set aside at first; more come as they are needed."""
+_TURN = 1 << 28
+"""Bytes of weights that may be held a second time while answers are written."""
+
+
+@contextmanager
+def turned(trunk: Trunk) -> Generator[None]:
+    """Within this context linear layers multiply by copies that are stored inputs first, where oneDNN multiplies.
+
+    With few rows at a time it would else turn every weight over for every token. Layers that are not plain, or too many
+    to hold twice, stay as they are; the weights must not change meanwhile.
+    """
+    layers = [m for m in trunk.model.modules() if type(m) is nn.Linear and linear.fast(m.weight, m.weight)]
+    if sum(layer.weight.nbytes for layer in layers) > _TURN:
+        layers = []
+    before = {layer: vars(layer).get("forward") for layer in layers}
+    try:
+        for layer in layers:
+            layer.forward = _by(layer.weight.detach().t().contiguous().t(), layer.bias)
+        yield
+    finally:
+        for layer, forward in before.items():
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+
+
+def _by(weight_OI: Tensor, bias_O: Tensor | None) -> Any:
+    def forward(input: Tensor) -> Tensor:
+        return linear.linear(input, weight_OI, bias_O)
+
+    return forward
+
+
+@dataclass(frozen=True)
+class Read:
+    """P prompts that were read: their states, and what to remember of them.
+
+    `place_PL` is the row of `hidden_ND` of each prompt's token; behind a prompt's end, of its last token.
+    """
+
+    hidden_ND: Tensor
+    place_PL: Tensor
+    length_P: Tensor
+    layers: list[tuple[Tensor, Tensor]]
+    """Keys and values N×G×d of each layer, in the order in which layers attend."""
+    cache: Any = None
+
+    def final(self, deal_B: Tensor) -> Tensor:
+        """The states of the last tokens of some prompts."""
+        return self.hidden_ND[self.place_PL[deal_B, -1]]
+
+
+def remember(trunk: Trunk, slots: int, most_new: int) -> Slots | Padded:
+    """An empty memory for at most `slots` answers of at most `most_new` tokens, of the kind the trunk allows."""
+    return Slots(trunk, slots, most_new) if trunk.packs and trunk.causal else Padded(trunk)
+
+
+@dataclass
+class _Recording:
+    """A layout of known tokens that keeps the keys and values of every layer."""
+
+    packed: Packed
+    layers: list[tuple[Tensor, Tensor]]
+
+    def attend(self, layer: int, q_NHd: Tensor, k_NGd: Tensor, v_NGd: Tensor, asked: Asked) -> Tensor:
+        """Attention inside each prompt; see `palate.models.attention.Layout`."""
+        self.layers.append((k_NGd, v_NGd))
+        return self.packed.attend(layer, q_NHd, k_NGd, v_NGd, asked)
+
+
+class Slots:
+    """Keys and values of rows 0 to `size` − 1, each layer's in one tensor that is written in place.
+
+    Columns `first` to `clock` − 1 are in use; a row's own begin at its `start`.
+    """
+
+    refills = True
+
+    def __init__(self, trunk: Trunk, slots: int, most_new: int) -> None:
+        self.trunk, self.slots, self.most_new = trunk, slots, most_new
+        self.size = self._clock = self._first = self._room = 0
+        self._start = np.zeros(0, dtype=np.int64)
+        self._layers: list[tuple[Tensor, Tensor]] = []
+        self._turn = 0
+        self._position_B = self._mask_BR = None
+
+    def read(self, prompts: Sequence[Sequence[int]]) -> Read:
+        """Read prompts as one stream without pads."""
+        tokens_PL, real_PL = _table(prompts, left=False)
+        packed = pack(tokens_PL.to(self.trunk.device), real_PL.to(self.trunk.device), share=True)
+        recording = _Recording(packed, [])
+        hidden_ND = self._run(packed.tokens_N, packed.position_N, recording)
+        return Read(hidden_ND, packed.last_BT, real_PL.sum(-1).to(hidden_ND.device), recording.layers)
+
+    def admit(self, read: Read, deal_B: Tensor) -> Tensor:
+        """New rows behind the others, each after the prompt `deal_B` of `read`; the states B×D they go on from."""
+        length_B = read.length_P[deal_B]
+        lengths = length_B.cpu().numpy()
+        width, count = int(lengths.max()), len(lengths)
+        self._make_way(width, read)
+        step_W = torch.arange(width, device=deal_B.device)
+        token_BW = (step_W - (width - length_B)[:, None]).clamp(min=0)
+        place_BW = read.place_PL[deal_B].gather(1, token_BW)
+        rows, columns = slice(self.size, self.size + count), slice(self._clock - width, self._clock)
+        for told, kept in zip(read.layers, self._layers, strict=True):
+            for told_NGd, kept_SGRd in zip(told, kept, strict=True):
+                kept_SGRd[rows, :, columns] = told_NGd[place_BW].transpose(1, 2)
+        self.size += count
+        self._start = np.concatenate([self._start, self._clock - lengths])
+        self._settle()
+        return read.final(deal_B)
+
+    def keep(self, going: Sequence[int]) -> list[int]:
+        """Only the rows `going` (ascending) go on, those from behind in the gaps: which row each place holds now."""
+        count = len(going)
+        gaps = sorted(set(range(count)).difference(going))
+        movers = [row for row in going if row >= count]
+        order = list(range(count))
+        for gap, row in zip(gaps, movers, strict=True):
+            order[gap] = row
+        if gaps:
+            device = self.trunk.device
+            to, by = torch.tensor(gaps, device=device), torch.tensor(movers, device=device)
+            for kept_SGRd in (x for pair in self._layers for x in pair):
+                used = kept_SGRd[:, :, self._first : self._clock]
+                used[to] = used[by]
+        self.size, self._start = count, self._start[order]
+        if count:
+            self._settle()
+        return order
+
+    def step(self, token_B: Tensor) -> Tensor:
+        """The states B×D of one more token in every row."""
+        if self._clock == self._room:
+            self._make_room()
+        self._turn = 0
+        hidden_BD = self._run(token_B, self._position_B, self)  # pyright: ignore[reportArgumentType]
+        self._clock += 1
+        self._position_B = self._position_B + 1  # pyright: ignore[reportOptionalOperand]
+        return hidden_BD
+
+    def attend(self, layer: int, q_NHd: Tensor, k_NGd: Tensor, v_NGd: Tensor, asked: Asked) -> Tensor:
+        """Attention of one new token in every row, which is written first; see `palate.models.attention.Layout`.
+
+        Layers are told apart by their turn, which is the same in every pass.
+        """
+        keys_SGRd, values_SGRd = self._layers[self._turn]
+        self._turn += 1
+        count, heads, width = q_NHd.shape
+        keys_SGRd[:count, :, self._clock], values_SGRd[:count, :, self._clock] = k_NGd, v_NGd
+        end = self._clock + 1
+        first = self._first if asked.window is None else max(self._first, end - asked.window)
+        groups = k_NGd.shape[1]
+        q_BGhd = q_NHd.reshape(count, groups, heads // groups, width)
+        k_BGLd, v_BGLd = keys_SGRd[:count, :, first:end], values_SGRd[:count, :, first:end]
+        mask = None if self._mask_BR is None else self._mask_BR[:, None, None, first:end]
+        return _of_one(q_BGhd, k_BGLd, v_BGLd, asked, mask).reshape(count, heads, v_NGd.shape[-1])
+
+    def _run(self, tokens_N: Tensor, position_N: Tensor, layout: Layout) -> Tensor:
+        if self.trunk.model.training:  # only asks transformers to recompute activations, of which there are none
+            self.trunk.model.eval()
+        return self.trunk.run(tokens_N, position_N, layout)
+
+    def _settle(self) -> None:
+        """What follows from where the rows begin: positions, and a mask where they do not begin together."""
+        device = self.trunk.device
+        self._first = int(self._start.min())
+        start_B = torch.from_numpy(self._start).to(device)
+        self._position_B = self._clock - start_B
+        self._mask_BR = None
+        if int(self._start.max()) > self._first:
+            dtype = self._layers[0][0].dtype
+            before_BR = torch.arange(self._room, device=device) < start_B[:, None]
+            self._mask_BR = torch.zeros(before_BR.shape, dtype=dtype, device=device).masked_fill_(before_BR, -torch.inf)
+
+    def _make_way(self, width: int, read: Read) -> None:
+        """Before the clock there is place for prompts of this width, and something behind it."""
+        if not self.size:
+            self._clock = self._first = width
+        if not self._layers:
+            self._room = width + min(_AHEAD, self.most_new)
+            self._layers = [
+                (self._blank(told_k, self._room), self._blank(told_v, self._room)) for told_k, told_v in read.layers
+            ]
+        if self._clock < width or self._clock > self._room:
+            self._move(max(self._clock, width), max(self._room, max(self._clock, width) + min(_AHEAD, self.most_new)))
+
+    def _blank(self, like: Tensor, room: int) -> Tensor:
+        """Zeros: what is masked out has to be a number all the same."""
+        groups, width = (like.shape[1], like.shape[-1]) if like.dim() == 3 else like.shape[1::2]
+        return like.new_zeros((self.slots, groups, room, width))
+
+    def _make_room(self) -> None:
+        """A column for the next token: by moving to the left where much lies unused there, by more memory else."""
+        used = self._clock - self._first
+        if self._first >= self._room // 4:
+            self._move(used, self._room)
+        else:
+            wanted = max(min(2 * self._room, self._clock + self.most_new), used + used // 3 + _AHEAD)
+            self._move(self._clock, wanted)
+
+    def _move(self, clock: int, room: int) -> None:
+        """Lay what is used down again so that it ends at another clock, in tensors of `room` columns."""
+        by, live, used = clock - self._clock, slice(0, self.size), slice(self._first, self._clock)
+        there = slice(self._first + by, clock)
+        moved: list[Tensor] = []
+        for kept_SGRd in (x for pair in self._layers for x in pair):
+            into = kept_SGRd if room == self._room else self._blank(kept_SGRd, room)
+            if self.size:
+                into[live, :, there] = kept_SGRd[live, :, used].clone()
+            moved.append(into)
+        self._layers = list(zip(moved[::2], moved[1::2], strict=True))
+        self._clock, self._room, self._start = clock, room, self._start + by
+        if self.size:
+            self._settle()
+
+
+def _of_one(q_BGhd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, asked: Asked, mask_B11L: Tensor | None) -> Tensor:
+    """softmax(scale · q kᵀ) v of one query per head, B×G×h×d; the h heads of a group read the same keys.
+
+    On a CPU two products and a softmax are faster than the fused kernel, which is made for many queries.
+    """
+    if asked.cap is None and (q_BGhd.device.type != "cpu" or q_BGhd.dtype != torch.float32):
+        return functional.scaled_dot_product_attention(q_BGhd, k_BGLd, v_BGLd, attn_mask=mask_B11L, scale=asked.scale)
+    scale = q_BGhd.shape[-1] ** -0.5 if asked.scale is None else asked.scale
+    score_BGhL = (q_BGhd * scale) @ k_BGLd.transpose(-1, -2)
+    if asked.cap is not None:
+        score_BGhL = score_BGhL.div_(asked.cap).tanh_().mul_(asked.cap)
+    if mask_B11L is not None:
+        score_BGhL += mask_B11L
+    return score_BGhL.float().softmax(-1).to(v_BGLd.dtype) @ v_BGLd
+
+
+class Padded:
+    """Rows in transformers' own cache, padded on the left. It takes new rows only when it is empty."""
+
+    refills = False
+
+    def __init__(self, trunk: Trunk) -> None:
+        self.trunk = trunk
+        self.size = 0
+        self._real_BL = torch.zeros(0, 0, dtype=torch.bool)
+        self._cache: Any = None
+
+    def read(self, prompts: Sequence[Sequence[int]]) -> Read:
+        """Read prompts; the cache they leave serves one `admit`."""
+        tokens_PL, real_PL = (x.to(self.trunk.device) for x in _table(prompts, left=True))
+        hidden_PLD, cache = self.trunk.extend(tokens_PL, real_PL, None)
+        length_P, width = real_PL.sum(-1), real_PL.shape[1]
+        step_L = torch.arange(width, device=real_PL.device)
+        begin_P = torch.arange(len(prompts), device=real_PL.device) * width + width - length_P
+        place_PL = begin_P[:, None] + torch.minimum(step_L, length_P[:, None] - 1)
+        self._real_BL = real_PL
+        return Read(hidden_PLD.flatten(0, 1), place_PL, length_P, [], cache)
+
+    def admit(self, read: Read, deal_B: Tensor) -> Tensor:
+        """The rows of an empty memory, each after the prompt `deal_B` of what was just read; their states B×D."""
+        self._cache = read.cache
+        if not torch.equal(deal_B, torch.arange(len(read.length_P), device=deal_B.device)):
+            self._cache.batch_select_indices(deal_B)
+        self._real_BL, self.size = self._real_BL[deal_B], len(deal_B)
+        return read.final(deal_B)
+
+    def keep(self, going: Sequence[int]) -> list[int]:
+        """Only the rows `going` (ascending) go on, in this order, which is given back."""
+        if going:
+            index = torch.tensor(going, device=self.trunk.device)
+            self._cache.batch_select_indices(index)
+            self._real_BL = self._real_BL[index]
+        self.size = len(going)
+        return list(going)
+
+    def step(self, token_B: Tensor) -> Tensor:
+        """The states B×D of one more token in every row."""
+        self._real_BL = torch.cat([self._real_BL, torch.ones_like(self._real_BL[:, :1])], -1)
+        hidden_B1D, self._cache = self.trunk.extend(token_B[:, None], self._real_BL, self._cache)
+        return hidden_B1D[:, -1]
+
+
+def _table(prompts: Sequence[Sequence[int]], left: bool) -> tuple[Tensor, Tensor]:
+    """Ragged prompts as P×L ids and the mask of the real ones, padded on one side."""
+    length_P = np.array([len(ids) for ids in prompts])
+    place_L = np.arange(int(length_P.max()))
+    real_PL = place_L >= (len(place_L) - length_P)[:, None] if left else place_L < length_P[:, None]
+    tokens_PL = np.zeros(real_PL.shape, dtype=np.int64)
+    tokens_PL[real_PL] = np.concatenate([np.asarray(ids, dtype=np.int64) for ids in prompts])
+    return torch.from_numpy(tokens_PL), torch.from_numpy(real_PL)
