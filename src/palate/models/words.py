@@ -156,7 +156,7 @@ class _Words(torch.autograd.Function):
             e_nV = (logits_nV - top_n.values[:, None]).exp_()
             sum_n = e_nV.sum(-1)
             total_n = sum_n.log() + top_n.values
-            spread_n = total_n - (e_nV * logits_nV).sum(-1) / sum_n if entropy else None
+            spread_n = total_n - _dot(e_nV, logits_nV) / sum_n if entropy else None
             if learns and (len(kept) + 1) * rows * weight_VD.shape[0] <= KEEP:
                 kept.append(e_nV.div_(sum_n[:, None]))
             parts.append((logit_n, total_n, spread_n, top_n.indices if likeliest else None))
@@ -195,6 +195,11 @@ class _Words(torch.autograd.Function):
                 weight = part if weight is None else weight.add_(part)
         ctx.kept.clear()
         return (torch.cat(down) if needs_hidden else None, weight, bias, *[None] * 5)  # autograd casts to the inputs'
+
+
+def _dot(one_nV: Tensor, other_nV: Tensor) -> Tensor:
+    """The inner product of each row, without their product in memory."""
+    return torch.bmm(one_nV[:, None], other_nV[:, :, None])[:, 0, 0]
 
 
 def _blocks(rows: int, size: int) -> Iterator[slice]:
