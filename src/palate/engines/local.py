@@ -198,8 +198,8 @@ class LocalEngine:
         told: _Told | None = None
         live: _Live | None = None
         while live is not None or asked.waiting:
-            enough = max(1, slots // _REFILL) if memory.refills else slots
-            if slots - memory.size >= min(enough, len(asked.waiting)) > 0:
+            enough = min(max(1, slots // _REFILL), len(asked.waiting)) if memory.refills else slots
+            if asked.waiting and slots - memory.size >= enough:
                 told, live = self._begin(memory, told, asked, live)
             if live is not None:
                 live = self._next(live, asked, written, memory)
