@@ -19,7 +19,8 @@ check: $(VENV)/.dev           ## format, lint, types, laws
 	$(BIN)/pyright
 	$(BIN)/python -m pytest tests/laws
 
-bench: $(VENV)/.dev           ## learning curves and the Adam ablation, measured here
+bench: $(VENV)/.dev           ## speed beside the peers (docs/bench.md), learning curves, the Adam ablation
+	$(BIN)/python -m bench.speed
 	$(BIN)/python recipes/stories/prepare.py
 	$(BIN)/python -m bench.curves
 	$(BIN)/palate run bench/bigger.yaml

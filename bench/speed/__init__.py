@@ -1,0 +1,1 @@
+"""palate beside its peers on the same work: `python -m bench.speed`. See docs/bench.md."""
