@@ -79,7 +79,7 @@ def test_what_a_stage_asks_for_is_what_it_is_cut_by(
 def test_a_run_that_goes_on_elsewhere_is_cut_as_it_began(
     kind: str, model: Path, tmp_path: Path, limits: list[Microbatch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A machine with less memory would choose less; the checkpoint says what was chosen, so the end is the same bits."""
+    """A machine with less memory would choose less; the checkpoint says what was chosen, so the end is the same."""
     given = stage(model, tmp_path, kind)
     monkeypatch.setattr(palate.cast, "affordable", lambda trunk: 40)
     whole = tiny_runs.run(tmp_path, given, name="whole")
