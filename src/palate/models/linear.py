@@ -2,13 +2,15 @@
 
 On CPUs torch multiplies float32 matrices by MKL, which keeps off the widest instructions of some makers. torch brings
 a second library along, oneDNN, for other formats; one private operator reaches it with float32. Which of the two is
-faster is measured once in a process, by the three products of a training step, and can be given: `use("plain")`.
+faster is measured once in a process, by the three products of a training step, and can be given: `use("plain")`. A run
+settles it for all of its sessions (`palate.products`).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import cache
 from types import MethodType
 from typing import Any, Literal, cast
 
@@ -32,25 +34,38 @@ def backend() -> Backend:
     """The back end of this process, measured when first asked for."""
     global _chosen
     if _chosen is None:
-        _chosen = measured()
+        _chosen = faster(gain())
     return _chosen
 
 
-def use(chosen: Backend | None) -> None:
-    """Choose the back end; None measures again when it is next asked for. `onednn` holds only where it is there."""
+def use(chosen: Backend | None) -> Backend | None:
+    """Choose the back end; None measures when it is next asked for. `onednn` holds only where it is there.
+
+    Gives back what holds.
+    """
     global _chosen
     _chosen = "plain" if chosen == "onednn" and not _agrees() else chosen
+    return _chosen
 
 
+def faster(gain: float) -> Backend:
+    """The back end that a measured `gain` speaks for."""
+    return "onednn" if gain > _GAIN else "plain"
+
+
+@cache
 @torch.no_grad()
-def measured() -> Backend:
-    """The faster back end for one layer's forward pass and both of its gradients; about 50 ms."""
+def gain() -> float:
+    """How many times as fast oneDNN is, for one layer's forward pass and both of its gradients; 0 where it is missing.
+
+    Measured once in a process, in about 50 ms.
+    """
     if not _agrees():
-        return "plain"
+        return 0.0
     x_NI, y_NO, w_OI = torch.ones(_ROWS, _IN), torch.ones(_ROWS, _OUT), torch.ones(_OUT, _IN)
 
     def plain() -> None:
-        _ = functional.linear(x_NI, w_OI), y_NO @ w_OI, x_NI.t() @ y_NO
+        _ = functional.linear(x_NI, w_OI), y_NO @ w_OI, y_NO.t() @ x_NI
 
     def onednn() -> None:
         _ = _product(x_NI, w_OI), _product(y_NO, w_OI.t()), _product(x_NI.t(), y_NO.t())
@@ -63,7 +78,7 @@ def measured() -> Backend:
             start = time.perf_counter()
             way()
             found.append(time.perf_counter() - start)
-    return "onednn" if min(seconds[onednn]) * _GAIN < min(seconds[plain]) else "plain"
+    return min(seconds[plain]) / min(seconds[onednn])
 
 
 @torch.no_grad()

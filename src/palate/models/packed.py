@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from palate.models import varlen
 from palate.models.attention import Asked, mixed
 
 _BUCKETS = 4
@@ -54,7 +56,12 @@ class Packed:
     shares: bool
 
     def attend(self, layer: int, q_NHd: Tensor, k_NGd: Tensor, v_NGd: Tensor, asked: Asked) -> Tensor:
-        """Attention inside each row; see `palate.models.attention.Layout`."""
+        """Attention inside each row; see `palate.models.attention.Layout`.
+
+        On GPUs in half precision the stream goes to torch's variable-length kernel as it is, unless rows share tokens.
+        """
+        if not self.shares and varlen.fits(q_NHd, k_NGd, asked):
+            return varlen.attend(q_NHd, k_NGd, v_NGd, self.ends_N, asked)
         spread: list[tuple[Tensor, ...]] = [_Spread.apply(x, self) for x in (q_NHd, k_NGd, v_NGd)]  # pyright: ignore[reportAssignmentType]
         outs: list[Tensor] = []
         for bucket, q_bLHd, k_bLGd, v_bLGd in zip(self.buckets, *spread, strict=True):
@@ -62,6 +69,12 @@ class Packed:
             allowed = _allowed(bucket.real_bL, asked)
             outs.append(mixed(q_bHLd, k_bGLd, v_bGLd, asked, allowed, asked.causal).transpose(1, 2))
         return _Collect.apply(self, *outs)  # pyright: ignore[reportReturnType]
+
+    @cached_property
+    def ends_N(self) -> Tensor:
+        """Where each row of the stream ends, behind a 0: what kernels call cumulative lengths."""
+        ends = torch.cat([bucket.real_bL.sum(1) for bucket in self.buckets]).cumsum(0)
+        return functional.pad(ends, (1, 0)).int()
 
     @cached_property
     def sources_M(self) -> Tensor:
