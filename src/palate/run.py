@@ -27,9 +27,10 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import yaml
 from pydantic import Field, field_validator
 
-from palate import parallel, ranks, settings, tracking
+from palate import parallel, products, ranks, settings, tracking
 from palate.evidence import Evidence, functions, gather
 from palate.live import Display, duration
+from palate.models import linear
 from palate.provenance import Origins, annotated, provenance, read_json, write_json, write_text
 from palate.settings import PalateError, Resumable, Settings, Stopped, nearest
 from palate.stage_folder import StageFolder
@@ -56,6 +57,9 @@ class Experiment(Settings):
     """What several processes (torchrun) divide beside the work: nothing, gradients and optimiser, or weights too."""
     offload: bool = False
     """Keep what zero2 and zero3 shard in CPU memory: for GPUs that are too small, and slower."""
+    linear: products.Asked = "auto"
+    """The library that multiplies float32 matrices on a CPU: plain is torch's own, auto measures and keeps the faster.
+    A run that goes on keeps what it began with."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """How many checkpoints of a stage are kept while it runs."""
     changed_data: Literal["refuse", "restart"] = "refuse"
@@ -205,7 +209,9 @@ def execute(plan: Plan, display: Display, command: Sequence[str] = ()) -> Outcom
 
 def _stages(plan: Plan, world: parallel.World, display: Display, stopper: Stopper, command: Sequence[str]) -> Outcome:
     began = time.monotonic()
-    world.first(lambda: _describe(plan, command))
+    choice = world.first(lambda: _describe(plan, command))
+    linear.use(choice.backend)
+    display.say(choice.line)
     outcomes: list[StageOutcome] = []
     hashes: dict[str, str] = {}
     for index, stage in enumerate(plan.stages):
@@ -270,14 +276,18 @@ def held(folder: Path) -> Generator[Path]:
         yield folder
 
 
-def _describe(plan: Plan, command: Sequence[str]) -> None:
+def _describe(plan: Plan, command: Sequence[str]) -> products.Choice:
+    """Write down what was asked and where it is done. Gives the back end that was chosen, for every rank."""
     folder = plan.folder
     plain = json.loads(json.dumps(dict(plan.given), default=str))  # functions have no YAML
     given = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
     write_text(folder / "run.yaml", given)
     write_text(folder / "resolved.yaml", annotated(plan.resolved, plan.origins))
     path = folder / "provenance.json"
-    write_json(path, provenance(plan.experiment.seed, command, read_json(path)))
+    earlier = read_json(path)
+    choice = products.choose(plan.experiment.linear, earlier.get("products") or {})
+    write_json(path, {**provenance(plan.experiment.seed, command, earlier), "products": choice.record})
+    return choice
 
 
 def _run_stage(

@@ -21,7 +21,7 @@ LAYERS = (
     "batches losses credit optim",
     "parallel checkpoint models cutting cast step data",
     "engines rewards judges evaluation diagnosis worlds algorithms",
-    "stages run workspace stopping stage_folder tracking live provenance evidence",
+    "stages run workspace stopping stage_folder tracking live provenance evidence products",
     "cli cli_check cli_rank cli_show cli_sweep sweep check web door door_rows one_stage "
     "catalogue closing manual __init__ __main__",
 )

@@ -1,0 +1,136 @@
+"""Linear layers by either back end: the same numbers and gradients, and the plain one wherever the other is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from palate.models import linear
+from palate.models.linear import Backend
+
+there = pytest.mark.skipif(linear.gain() == 0, reason="this torch has no oneDNN products in float32")
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    before = linear.backend()
+    yield
+    linear.use(before)
+
+
+def _draw(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def _layer(kind: str, bias: bool = True) -> nn.Module:
+    layer = nn.Linear(24, 40, bias=bias) if kind == "linear" else Conv1D(40, 24)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(_draw(*parameter.shape))
+    return layer
+
+
+def _by(backend: Backend, layer: nn.Module, x: Tensor, weight: Tensor | None) -> list[Tensor]:
+    """Output and gradients, of a weighted sum or (without a weight) of a plain one, whose gradient has no strides."""
+    assert linear.use(backend) == backend
+    x = x.detach().requires_grad_()
+    out = layer(x)
+    total = out.sum() if weight is None else (out * weight).sum()
+    return [out, *torch.autograd.grad(total, [x, *layer.parameters()])]
+
+
+@there
+@pytest.mark.parametrize("weighted", [True, False], ids=["weighted", "expanded gradient"])
+@pytest.mark.parametrize("kind", ["linear", "no bias", "conv1d"])
+@pytest.mark.parametrize("given", ["flat", "batched", "transposed", "every other", "one row", "empty"])
+def test_both_back_ends_give_the_same_numbers(given: str, kind: str, weighted: bool) -> None:
+    layer = _layer("linear" if kind == "no bias" else kind, bias=kind != "no bias")
+    linear.speed_up(layer)
+    x = {
+        "flat": _draw(17, 24),
+        "batched": _draw(3, 5, 24),
+        "transposed": _draw(24, 17).t(),
+        "every other": _draw(34, 48)[::2, ::2],
+        "one row": _draw(1, 24),
+        "empty": _draw(0, 24),
+    }[given]
+    weight = _draw(*x.shape[:-1], 40) if weighted else None
+    plain, onednn = (_by(backend, layer, x, weight) for backend in ("plain", "onednn"))
+    for one, other in zip(plain, onednn, strict=True):
+        assert one.shape == other.shape
+        torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-5)
+
+
+@there
+def test_plain_is_the_layer_as_torch_and_transformers_wrote_it() -> None:
+    for kind in ("linear", "conv1d"):
+        layer, x = _layer(kind), _draw(17, 24)
+        expected = layer(x)
+        linear.speed_up(layer)
+        linear.use("plain")
+        assert torch.equal(layer(x), expected)
+        linear.use("onednn")
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+
+
+@there
+@pytest.mark.parametrize("trains", ["x", "weight", "bias"])
+def test_whatever_trains_alone_has_its_gradient(trains: str) -> None:
+    found: list[Tensor] = []
+    for backend in ("plain", "onednn"):
+        linear.use(backend)
+        given = {"x": _draw(17, 24), "weight": _draw(40, 24), "bias": _draw(40)}
+        given[trains].requires_grad_()
+        (linear.linear(*given.values()) * _draw(17, 40)).sum().backward()
+        assert given[trains].grad is not None
+        found.append(given[trains].grad)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
+
+
+@there
+def test_other_formats_and_autocast_take_the_plain_path() -> None:
+    linear.use("onednn")
+    x, w = _draw(17, 24), _draw(40, 24)
+    assert linear.fast(x, w)
+    assert not linear.fast(x.double(), w.double())
+    assert not linear.fast(x.bfloat16(), w.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not linear.fast(x, w)
+        assert torch.equal(linear.linear(x, w), functional.linear(x.bfloat16(), w.bfloat16()))
+
+
+@pytest.mark.parametrize("fault", [AttributeError, RuntimeError])
+def test_without_the_private_operator_products_are_plain(
+    fault: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*given: object) -> Tensor:
+        raise fault("no such operator")
+
+    monkeypatch.setattr(linear, "_product", missing)
+    linear.gain.cache_clear()
+    try:
+        assert linear.gain() == 0
+        assert linear.faster(linear.gain()) == "plain"
+        assert linear.use("onednn") == "plain"
+        assert linear.linear(_draw(3, 24), _draw(40, 24)).shape == (3, 40)
+    finally:
+        linear.gain.cache_clear()
+
+
+def test_an_operator_that_multiplies_otherwise_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_product", lambda x, w, b=None: x @ w.t() * 1.001)
+    assert linear.use("onednn") == "plain"
+
+
+def test_a_choice_is_kept_and_none_measures() -> None:
+    linear.use("plain")
+    assert linear.backend() == "plain"
+    linear.use(None)
+    assert linear.backend() == linear.faster(linear.gain())
+    assert (linear.faster(0.0), linear.faster(1.0), linear.faster(2.0)) == ("plain", "plain", "onednn")
+    assert torch.get_num_threads() >= 1
