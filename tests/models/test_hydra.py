@@ -97,7 +97,8 @@ def test_a_value_branch_is_a_copy_of_its_blocks_on_what_is_frozen(build, family,
     trunk = Trunk(build(family), 60)
     freeze_below(trunk, unfrozen)
     value = branch(trunk, blocks)
-    assert torch.equal(value.hidden(TOKENS, REAL), trunk.hidden(TOKENS, REAL))
+    # Not to the last bit: the policy's bottom may be higher, and what is below is read row by row.
+    torch.testing.assert_close(value.hidden(TOKENS, REAL), trunk.hidden(TOKENS, REAL), atol=1e-5, rtol=1e-6)
     theirs = {id(p) for p in trunk.parameters()}
     own = [p for p in value.parameters() if id(p) not in theirs]
     assert all(p.requires_grad for p in own)

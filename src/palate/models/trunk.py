@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from palate.models import linear, words
 from palate.models.attention import Bypassed, Layout, laid_out, remembered
-from palate.models.packed import pack
+from palate.models.packed import Packed, pack
 from palate.models.words import Shape, Words
 from palate.settings import PalateError
 
@@ -50,6 +51,14 @@ class Stream:
         return functional.embedding(place, self.hidden_ND)
 
 
+class Ground(Protocol):
+    """What knows the states of a trunk's lowest blocks; see `palate.models.bottom`."""
+
+    def under(self, trunk: Trunk, tokens_BT: Tensor, real_BT: Tensor, packed: Packed) -> AbstractContextManager[None]:
+        """Within this context a pass of `trunk` over `packed` begins above them."""
+        ...
+
+
 class Trunk(nn.Module):
     """tokens → hidden states → logits. Dropout is off for good, so two passes over a batch agree exactly.
 
@@ -69,6 +78,7 @@ class Trunk(nn.Module):
         self.recomputes = False
         self.computes_on: torch.device | None = None
         self.compute: torch.dtype | None = None
+        self.ground: Ground | None = None
         _silence_dropout(model)
         linear.speed_up(model)
         self.first_position, self.context = _positions(self.base)
@@ -152,7 +162,9 @@ class Trunk(nn.Module):
         if not self.packs:
             return self._read_padded(tokens_BT, real_BT)
         packed = pack(tokens_BT, real_BT, share=self.causal)
-        return Stream(self._run(packed.tokens_N, packed.position_N, packed), packed.last_BT)
+        ground = self.ground
+        with nullcontext() if ground is None else ground.under(self, tokens_BT, real_BT, packed):
+            return Stream(self._run(packed.tokens_N, packed.position_N, packed), packed.last_BT)
 
     def run(self, tokens_N: Tensor, position_N: Tensor, layout: Layout) -> Tensor:
         """States N×D of a stream whose attention follows `layout`; for trunks that pack. Positions count from 0."""
