@@ -229,6 +229,7 @@ def test_the_reference_stays_while_the_others_move(layout):
 
 def test_one_pass_says_what_separate_calls_say(layout):
     cast, batch = _shaken(_cast(layout)), _batch()
+    cast.logp("policy", batch)  # frozen blocks below are run once, here
     calls: list[int] = []
     for trunk in {id(seat.trunk): seat.trunk for seat in cast.roles.values()}.values():
         trunk.base.register_forward_hook(lambda *_: calls.append(1))
