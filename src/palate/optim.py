@@ -106,7 +106,7 @@ def _refuse_half_precision(parameters: Iterable[Tensor]) -> None:
         if parameter.dtype not in (torch.float32, torch.float64):
             raise PalateError(
                 f"Adam trains float32 or float64 parameters, not {parameter.dtype}: updates below 0.4 % of a "
-                "weight would be lost. Load what is trained in float32 and let the forward pass run in half."
+                "weight would be lost. Leave dtype out of the stage's loading, and set its compute: bfloat16."
             )
 
 
