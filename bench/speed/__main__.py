@@ -116,13 +116,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         known = results.read(given.raw)
         known["rows"][name] = record
         results.write(given.raw, known)
+        publish(given.raw)
         print(page.line(ROWS[name], record), flush=True)
-    if given.raw.exists():
-        known = results.read(given.raw)["rows"]
-        beside = given.raw == RAW
-        (PAGE if beside else given.raw.with_suffix(".md")).write_text(page.page(known), encoding="utf-8")
-        (PICTURE if beside else given.raw.with_suffix(".svg")).write_text(picture.picture(known), encoding="utf-8")
+    if given.page:
+        publish(given.raw)
     return failed
+
+
+def publish(raw: Path) -> None:
+    """Page and picture of what is known; beside the raw results where these are not at their usual place."""
+    known, usual = results.read(raw)["rows"], raw == RAW
+    (PAGE if usual else raw.with_suffix(".md")).write_text(page.page(known), encoding="utf-8")
+    (PICTURE if usual else raw.with_suffix(".svg")).write_text(picture.picture(known), encoding="utf-8")
 
 
 if __name__ == "__main__":

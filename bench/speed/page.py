@@ -190,8 +190,9 @@ def page(known: Mapping[str, Record]) -> str:
     for title, found in (("## Part by part", parts_table(known)), ("", loss_table(known))):
         if found:
             parts += ["", title, "", *found] if title else [SAME, *found]
-    parts += [COUNTING, "GFLOP/s:", "", *limits_table(known), "", "## Notes", "", *notes(known), ""]
-    return "\n".join([*parts, *origin(known)]) + "\n"
+    said = notes(known)
+    parts += [COUNTING, "GFLOP/s:", "", *limits_table(known), "", *(["## Notes", "", *said, ""] if said else [])]
+    return "\n".join([*parts, "## Machine and versions", "", *origin(known)]) + "\n"
 
 
 def line(row: Row, record: Record) -> str:

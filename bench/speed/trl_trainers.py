@@ -198,7 +198,8 @@ class Seen:
     def generate(self, prompts: Sequence[Sequence[int]], *given: Any, **named: Any) -> Any:
         """The trainer's own, and its tokens counted."""
         found = self._generate(prompts, *given, **named)
-        self.counts = {"asked": sum(map(len, prompts)), "drawn": sum(map(len, found[0]))}
+        answers = found[0] if isinstance(found, tuple) else found  # GRPO's come with their log-probabilities
+        self.counts = {"asked": sum(map(len, prompts)), "drawn": sum(map(len, answers))}
         return found
 
     def report(self, turn: int) -> dict[str, Any]:
