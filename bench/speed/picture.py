@@ -33,7 +33,7 @@ def picture(known: Mapping[str, Record]) -> str:
         parts.append(f'<text class="small" x="{x:.1f}" y="{TOP - 12}" text-anchor="middle">{tick}×</text>')
     for number, (row, ratio) in enumerate(shown):
         parts += _bar(row, ratio, TOP + STEP * number, scale, str(known[row.name]["peer_name"]))
-    note = "bar: how many times as long the peer takes · mark: asked for · pale: palate trains a smaller model"
+    note = "bar: how many times as long the peer takes · mark: asked for · pale: palate trains another model"
     parts.append(f'<text class="small" x="12" y="{height - 10}">{note}</text>')
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">'
     return f"{head}<style>{STYLE}</style>{''.join(parts)}</svg>\n"
