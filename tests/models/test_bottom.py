@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+import copy
+import os
+import signal
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from palate.algorithms.ppo import Algorithm
 from palate.batches import Tokens
 from palate.cast import Cast
 from palate.models.bottom import Bottom, States
@@ -15,6 +21,8 @@ from palate.models.heads import fresh_head
 from palate.models.hydra import block_stack, branch, freeze_below, frozen_copy
 from palate.models.seats import Seat
 from palate.models.trunk import Trunk
+from palate.settings import Stopped
+from tests.stages import tiny_runs
 
 VOCABULARY = 60
 FAMILIES = ["gpt2", "llama", "qwen3", "gemma2", "opt", "gpt_neox"]
@@ -60,8 +68,13 @@ def _said(cast: Cast, batch: Tokens) -> tuple[list[torch.Tensor], dict[str, torc
     return [reference_BT, logp_BT, entropy_BT, value_BT], {n: p.grad for n, p in found.items() if p.grad is not None}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("unfrozen", "value_blocks"), [(1, 0), (1, 2), (0, 0)])
+@pytest.mark.parametrize(
+    ("family", "unfrozen", "value_blocks"),
+    [
+        *((family, 1, 0) for family in FAMILIES),
+        *((f, *split) for f in ("gpt2", "gemma2") for split in ((1, 2), (0, 0))),
+    ],
+)
 def test_what_is_said_and_its_gradient_are_those_without_a_store(build, family, unfrozen, value_blocks):
     with_store, without = (_cast(build, family, unfrozen, value_blocks, stores) for stores in (True, False))
     batch = _batch()
@@ -162,6 +175,40 @@ def test_bits_hold_with_a_number_of_threads_that_cuts_rows_unevenly(build, three
     assert all(a is not None and b is not None and torch.equal(a, b) for a, b in zip(together, alone, strict=True))
 
 
+def _interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def _die() -> None:
+    raise RuntimeError("gone")
+
+
+@pytest.mark.parametrize(("end", "fault"), [(_interrupt, Stopped), (_die, RuntimeError)])
+def test_a_run_stopped_or_killed_within_a_rollout_ends_as_if_it_had_not_been(
+    end: Callable[[], None], fault: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on without a state in store, where the run that was never ended has those of its reference's pass."""
+    model, prompts = tiny_runs.save_model(tmp_path / "model"), tiny_runs.write_prompts(tmp_path / "prompts.jsonl")
+    layout = {"kind": "hydra", "unfrozen_blocks": 1, "value_blocks": 1}
+    stage = tiny_runs.ppo(model, str(prompts), total_episodes=16, save_steps=1, layout=layout)
+    whole = tiny_runs.run(tmp_path, copy.deepcopy(stage), name="whole") / "1-ppo"
+    with monkeypatch.context() as patch:
+        after = Algorithm.after
+
+        def ending(self: Algorithm, cast: Any, number: int) -> None:
+            after(self, cast, number)
+            if number == 7:  # the third of the second rollout's four steps
+                end()
+
+        patch.setattr(Algorithm, "after", ending)
+        with pytest.raises(fault):
+            tiny_runs.run(tmp_path, copy.deepcopy(stage), name="again")
+    again = tiny_runs.run(tmp_path, copy.deepcopy(stage), name="again") / "1-ppo"
+    assert tiny_runs.equal(tiny_runs.weights(again), tiny_runs.weights(whole))
+    ours, theirs = (tiny_runs.timeless(tiny_runs.lines(f / "metrics.jsonl")) for f in (again, whole))
+    assert ours == theirs
+
+
 def test_the_oldest_rows_leave_first():
     states = States(most=3 * 4 * 8 * 4)  # three rows of 4 × 8 numbers
     rows = [bytes([i]) for i in range(5)]
@@ -243,8 +290,6 @@ def test_checkpointed_activations_give_the_same_gradient(build, family):
 
 
 def test_a_copied_trunk_stands_on_nothing(build):
-    import copy
-
     cast = _cast(build, "llama")
     _said(cast, _batch())
     assert copy.deepcopy(cast.seat("policy").trunk).ground is None
