@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from palate.batches import Tokens
-from palate.cast import Cast, Seat, assemble
+from palate.cast import Cast, assemble
 from palate.engines.engine import Sampling
 from palate.engines.local import LocalEngine
 from palate.engines.publication import CLOSE
 from palate.models.load import Loaded, Loading, load
 from palate.models.make import Make, make
 from palate.models.seats import Layout
-from palate.models.trunk import Trunk
 from palate.optim import Adam
 from palate.settings import PalateError, Stopped, parse
 from palate.step import Stepper
@@ -194,11 +193,25 @@ def test_a_run_in_bfloat16_holds_its_invariants_and_goes_on_bitwise(
     assert tiny_runs.equal(ours, theirs)
 
 
-def test_a_copy_of_a_trunk_computes_as_it_does() -> None:
-    for layout in LAYOUTS.values():
-        start = _made()
-        start.trunk.compute = HALF
-        cast = assemble(Layout(**layout), start, ROLES, 3)
-        assert all(cast.seat(role).trunk.computes_in == HALF for role in ROLES)
-    assert Cast({"policy": Seat(start.trunk, None, None)}).trunks[0].compute == HALF
-    assert Trunk(_made().trunk.model, 280).compute is None
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_copy_of_a_trunk_computes_as_it_does(name: str) -> None:
+    start = _made()
+    start.trunk.compute = HALF
+    cast = assemble(Layout(**LAYOUTS[name]), start, ROLES, 3)
+    assert {cast.seat(role).trunk.computes_in for role in ROLES} == {HALF}
+
+
+def test_copies_in_the_format_are_made_anew_for_each_rollout_and_leave_no_trace() -> None:
+    start = _made("gpt2")
+    start.trunk.compute = HALF
+    engine = LocalEngine(start.trunk, start.tokenizer, Sampling(max_new_tokens=8, fixed_length=True), batch_size=4)
+    layers = [m for m in start.trunk.model.modules() if "forward" in vars(m)]
+    ways = [layer.forward for layer in layers]
+    first = engine.generate([[5, 6, 7]], [1], greedy=True)
+    assert [layer.forward for layer in layers] == ways
+    with torch.no_grad():
+        for p in start.trunk.parameters():
+            p.mul_(1.5)
+    second = engine.generate([[5, 6, 7]], [1], greedy=True)
+    assert not torch.equal(first.logp_BT, second.logp_BT)
+    assert {p.dtype for p in start.trunk.parameters()} == {torch.float32}

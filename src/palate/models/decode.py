@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from palate.models import linear
 from palate.models.attention import Asked, Layout
@@ -31,24 +32,46 @@ _TURN = 1 << 28
 
 @contextmanager
 def turned(trunk: Trunk) -> Generator[None]:
-    """Within this context linear layers multiply by copies that are stored inputs first, where oneDNN multiplies.
+    """Within this context linear layers multiply by copies that are made for few rows at a time.
 
-    With few rows at a time it would else turn every weight over for every token. Layers that are not plain, or too many
-    to hold twice, stay as they are; the weights must not change meanwhile.
+    Where oneDNN multiplies, a copy is stored inputs first: it would else turn every weight over for every token. In a
+    trunk that computes in another format than its weights', a copy is in that format: it would else be cast for every
+    token. Layers that are not plain, or too many to hold twice, stay as they are; the weights must not change
+    meanwhile.
     """
-    layers = [m for m in trunk.model.modules() if type(m) is nn.Linear and linear.fast(m.weight, m.weight)]
-    if sum(layer.weight.nbytes for layer in layers) > _TURN:
-        layers = []
-    before = {layer: vars(layer).get("forward") for layer in layers}
+    copies = _cast(trunk) if trunk.compute is not None else _turned_over(trunk)
+    before = {layer: vars(layer).get("forward") for layer in copies}
     try:
-        for layer in layers:
-            layer.forward = _by(layer.weight.detach().t().contiguous().t(), layer.bias)
+        for layer, (weight_OI, bias_O) in copies.items():
+            layer.forward = _by(weight_OI, bias_O)
         yield
     finally:
         for layer, forward in before.items():
             del layer.forward
             if forward is not None:
                 layer.forward = forward
+
+
+_Copies = dict[nn.Module, tuple[Tensor, Tensor | None]]
+
+
+def _turned_over(trunk: Trunk) -> _Copies:
+    layers = [m for m in trunk.model.modules() if type(m) is nn.Linear and linear.fast(m.weight, m.weight)]
+    if sum(layer.weight.nbytes for layer in layers) > _TURN:
+        return {}
+    return {layer: (layer.weight.detach().t().contiguous().t(), layer.bias) for layer in layers}
+
+
+def _cast(trunk: Trunk) -> _Copies:
+    """However large: beside weights, gradients and Adam in float32 it is an eighth more."""
+    copies: _Copies = {}
+    for layer in trunk.model.modules():
+        if type(layer) is nn.Linear or type(layer) is Conv1D:
+            weight = cast(Tensor, layer.weight).detach().to(trunk.compute)
+            bias = cast("Tensor | None", layer.bias)
+            weight_OI = weight.t().contiguous() if type(layer) is Conv1D else weight
+            copies[layer] = weight_OI, None if bias is None else bias.detach().to(trunk.compute)
+    return copies
 
 
 def _by(weight_OI: Tensor, bias_O: Tensor | None) -> Any:
