@@ -87,8 +87,9 @@ def test_whatever_trains_alone_has_its_gradient(trains: str) -> None:
         given = {"x": _draw(17, 24), "weight": _draw(40, 24), "bias": _draw(40)}
         given[trains].requires_grad_()
         (linear.linear(*given.values()) * _draw(17, 40)).sum().backward()
-        assert given[trains].grad is not None
-        found.append(given[trains].grad)
+        gradient = given[trains].grad
+        assert gradient is not None
+        found.append(gradient)
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)
 
 
