@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from bench.moments import Both, Call, Moment, OnDisk
 
-STEP, DECODING = "palate.step:Stepper.step", "palate.models.trunk:Trunk.extend"
+STEP, DECODING = "palate.step:Stepper.step", "palate.models.decode:Slots.step"
 SAMPLES = "palate.workspace:Workspace.sample"
 SFT, REWARD, RLHF = "1-sft/.started", "2-reward/.started", "3-rlhf/.started"
 

@@ -112,7 +112,7 @@ def a_second_batch_an_average_and_a_moving_reference_are_those_of_one_rank(world
         spread(cast, where)
         average = Average(cast.parameters(("policy",)), 0.8)
         walker = Stepper(cast.parameters(algorithm.trains), Optimiser(), where, average=average)
-        beside = Job(texts, lambda part, c=cast: MICRO.sft.Algorithm().loss(c, part), 2)
+        beside = Job(texts, lambda part, c=cast: MICRO.sft.Algorithm().loss(c, part), TWO)
         for _ in range(3):
             walker.step(batch, lambda part, c=cast, a=algorithm: a.loss(c, part), TWO, 1e-3, [beside])
             cast.blend("policy", "reference", 0.5)
