@@ -14,13 +14,12 @@ PEERS = "PALATE_PEERS"
 THREADS = 2
 COMMON: Mapping[str, str] = {
     "OMP_NUM_THREADS": str(THREADS),
-    "OMP_WAIT_POLICY": "passive",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TRL_EXPERIMENTAL_SILENCE": "1",
     "PYTHONUNBUFFERED": "1",
 }
-"""The same for everyone. A thread that waits must sleep: the other system has the cores then."""
+"""The same for everyone. Only one system computes at a time, so threads may wait for each other as they do alone."""
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,7 @@ def test_they_sit_beside_the_policy_in_every_layout(layout: str):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_one_pass_says_what_every_role_says_alone(layout: str):
     cast, batch = _cast(layout), _batch()
+    cast.logp("policy", batch)  # a frozen bottom is tried out at its first use
     passes = 0
 
     def count(*_: object) -> None:

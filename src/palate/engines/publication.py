@@ -28,7 +28,7 @@ CLOSE: Mapping[torch.dtype, tuple[float, float]] = {
     torch.float16: (1e-2, 0.2),
     torch.bfloat16: (6e-2, 1.0),
 }
-"""How far two computations of the same log-probabilities may lie apart, mean and largest, by the format of the products.
+"""How far two computations of the same log-probabilities may lie apart, mean and largest, by the products' format.
 
 Sampler against trainer on random models of eight families, 2 and 8 layers, weights as drawn and four times as large,
 temperatures 1 and 0.5, the worst of each: float32 1.7e-6 and 1e-5, float16 3e-3 and 0.016, bfloat16 0.021 and 0.12. The

@@ -240,7 +240,8 @@ def _placed(states: Sequence[Tensor], real_BT: Tensor, packed: Packed) -> Tensor
     """The states L×D of each row as the stream has them; where rows share a place, those of the first of them."""
     place_M = packed.last_BT[real_BT]
     cell_M = torch.arange(place_M.numel(), device=place_M.device)
-    first_N = torch.full_like(packed.tokens_N, place_M.numel()).scatter_reduce(0, place_M, cell_M, "amin")
+    last = place_M.numel() - 1  # of tokens that belong to no row, any
+    first_N = torch.full_like(packed.tokens_N, last).scatter_reduce(0, place_M, cell_M, "amin")
     return torch.cat(list(states)).index_select(0, first_N)
 
 

@@ -137,7 +137,8 @@ class Slots:
     def read(self, prompts: Sequence[Sequence[int]]) -> Read:
         """Read prompts as one stream without pads."""
         tokens_PL, real_PL = _table(prompts, left=False)
-        packed = pack(tokens_PL.to(self.trunk.device), real_PL.to(self.trunk.device), share=True)
+        device, usual = self.trunk.device, self.trunk.usual
+        packed = pack(tokens_PL.to(device), real_PL.to(device), share=True, usual=usual)
         recording = _Recording(packed, [])
         hidden_ND = self._run(packed.tokens_N, packed.position_N, recording)
         return Read(hidden_ND, packed.last_BT, real_PL.sum(-1).to(hidden_ND.device), recording.layers)

@@ -7,6 +7,7 @@ buckets of rows of similar length, on the right, where a causal mask already hid
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -46,7 +47,8 @@ class Packed:
     """A layout of known tokens: `tokens_N` and `position_N` make the stream.
 
     `last_BT` gives, for each cell of the padded batch, the place in the stream of the last real token at or before it
-    (of the row's first token, where there is none yet). `shares` says that some token is read by several rows.
+    (of the row's first token, where there is none yet). `shares` says that some token is read by several rows. The last
+    `filled` tokens of the stream belong to no row: they only make its length a usual one.
     """
 
     tokens_N: Tensor
@@ -54,13 +56,14 @@ class Packed:
     last_BT: Tensor
     buckets: tuple[_Bucket, ...]
     shares: bool
+    filled: int = 0
 
     def attend(self, layer: int, q_NHd: Tensor, k_NGd: Tensor, v_NGd: Tensor, asked: Asked) -> Tensor:
         """Attention inside each row; see `palate.models.attention.Layout`.
 
         On GPUs in half precision the stream goes to torch's variable-length kernel as it is, unless rows share tokens.
         """
-        if not self.shares and varlen.fits(q_NHd, k_NGd, asked):
+        if not self.shares and not self.filled and varlen.fits(q_NHd, k_NGd, asked):
             return varlen.attend(q_NHd, k_NGd, v_NGd, self.ends_N, asked)
         spread: list[tuple[Tensor, ...]] = [_Spread.apply(x, self) for x in (q_NHd, k_NGd, v_NGd)]  # pyright: ignore[reportAssignmentType]
         outs: list[Tensor] = []
@@ -127,7 +130,7 @@ class _Spread(torch.autograd.Function):
             grad if bucket.whole else grad.index_select(0, bucket.mine_M)
             for bucket, grad in zip(packed.buckets, flat, strict=True)
         ]
-        return torch.cat(own) if len(own) > 1 else own[0], None
+        return _filled(own, packed.filled), None
 
 
 class _Collect(torch.autograd.Function):
@@ -141,14 +144,14 @@ class _Collect(torch.autograd.Function):
             out if bucket.whole else out.index_select(0, bucket.mine_M)
             for bucket, out in zip(packed.buckets, flat, strict=True)
         ]
-        return torch.cat(own) if len(own) > 1 else own[0]
+        return _filled(own, packed.filled)
 
     @staticmethod
     def backward(ctx: Any, grad_NHd: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         packed: Packed = ctx.packed
         found: list[Tensor | None] = [None]
-        parts = grad_NHd.split([bucket.mine_M.numel() for bucket in packed.buckets])
-        for bucket, part in zip(packed.buckets, parts, strict=True):
+        parts = grad_NHd.split([*(bucket.mine_M.numel() for bucket in packed.buckets), packed.filled])
+        for bucket, part in zip(packed.buckets, parts[:-1], strict=True):
             shape = (*bucket.index_bL.shape, *grad_NHd.shape[1:])
             if bucket.whole:
                 found.append(part.reshape(shape))
@@ -158,9 +161,17 @@ class _Collect(torch.autograd.Function):
         return tuple(found)
 
 
-def pack(tokens_BT: Tensor, real_BT: Tensor, share: bool) -> Packed:
+def _filled(parts: list[Tensor], filled: int) -> Tensor:
+    """Parts of a stream one behind the other, and zeros for the tokens that belong to no row."""
+    if filled:
+        parts = [*parts, parts[0].new_zeros((filled, *parts[0].shape[1:]))]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def pack(tokens_BT: Tensor, real_BT: Tensor, share: bool, usual: Callable[[int], int] = lambda count: count) -> Packed:
     """The layout of padded rows, whatever side their padding is on. With `share`, common beginnings are told once.
 
+    `usual` gives the length that a stream of so many tokens is filled up to.
     A row without a real token gets one place, so that every cell has a state to point at.
     """
     device = tokens_BT.device
@@ -185,7 +196,8 @@ def pack(tokens_BT: Tensor, real_BT: Tensor, share: bool) -> Packed:
     own_BL = (step >= common_B[:, None]) & (step < length_B[:, None])
     real_BL = step < length_B[:, None]
     total = int(own_B.sum())
-    tokens_N, position_N = np.empty(total, dtype=np.int64), np.empty(total, dtype=np.int64)
+    filled = usual(total) - total
+    tokens_N, position_N = (np.zeros(total + filled, dtype=np.int64) for _ in range(2))
     first_BL = np.minimum(start_B[:, None] + step, len(flat) - 1)
     tokens_N[index_BL[own_BL]] = flat[first_BL[own_BL]]
     position_N[index_BL[own_BL]] = np.broadcast_to(step, index_BL.shape)[own_BL]
@@ -193,7 +205,7 @@ def pack(tokens_BT: Tensor, real_BT: Tensor, share: bool) -> Packed:
     last_BT = np.take_along_axis(index_BL, np.maximum(real.cumsum(1) - 1, 0), 1)
     made = [_bucket(index_BL[rows], own_BL[rows], real_BL[rows], device) for rows in np.split(order, bounds)]
     stream = [torch.from_numpy(np.ascontiguousarray(x)).to(device) for x in (tokens_N, position_N, last_BT)]
-    return Packed(stream[0], stream[1], stream[2], tuple(made), bool(common_B.any()))
+    return Packed(stream[0], stream[1], stream[2], tuple(made), bool(common_B.any()), filled)
 
 
 def _bucket(index_bL: Any, own_bL: Any, real_bL: Any, device: torch.device) -> _Bucket:

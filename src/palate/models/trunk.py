@@ -118,14 +118,19 @@ class Trunk(nn.Module):
         return self._head is not None
 
     @property
+    def _sample(self) -> Tensor:
+        """One of the weights."""
+        return next(self.parameters())
+
+    @property
     def device(self) -> torch.device:
         """Where the trunk computes; offloaded weights may lie elsewhere."""
-        return self.computes_on or next(self.parameters()).device
+        return self.computes_on or self._sample.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The weights' number format; logits and everything computed from them are float32."""
-        return next(self.parameters()).dtype
+        return self._sample.dtype
 
     @property
     def computes_in(self) -> torch.dtype:
@@ -154,21 +159,23 @@ class Trunk(nn.Module):
 
     def read(self, tokens_BT: Tensor, real_BT: Tensor) -> Stream:
         """The same as a stream, in which no pad is and a common beginning of neighbouring rows is only once."""
-        return self(lambda: self._read(tokens_BT, real_BT))
-
-    def _read(self, tokens_BT: Tensor, real_BT: Tensor) -> Stream:
         self._set_training(self.recomputes and torch.is_grad_enabled())
         self._check_length(int(real_BT.sum(-1).max()))
         if not self.packs:
             return self._read_padded(tokens_BT, real_BT)
-        packed = pack(tokens_BT, real_BT, share=self.causal)
+        packed = pack(tokens_BT, real_BT, self.causal, self.usual)
         ground = self.ground
         with nullcontext() if ground is None else ground.under(self, tokens_BT, real_BT, packed):
-            return Stream(self._run(packed.tokens_N, packed.position_N, packed), packed.last_BT)
+            return Stream(self.run(packed.tokens_N, packed.position_N, packed), packed.last_BT)
+
+    def usual(self, count: int) -> int:
+        """The length to which a stream of so many tokens is filled up, so that few lengths ever come about."""
+        return linear.rounded(count, self._sample)
 
     def run(self, tokens_N: Tensor, position_N: Tensor, layout: Layout) -> Tensor:
         """States N×D of a stream whose attention follows `layout`; for trunks that pack. Positions count from 0."""
-        return self(lambda: self._run(tokens_N, position_N, layout))
+        # what leaves `forward` is a tensor and no view of one: FSDP2 hangs its hooks on it
+        return self(lambda: self._run(tokens_N, position_N, layout))[0]
 
     def _run(self, tokens_N: Tensor, position_N: Tensor, layout: Layout) -> Tensor:
         more: dict[str, Any] = {}
@@ -179,7 +186,7 @@ class Trunk(nn.Module):
         if self._kinds:  # these families keep a table of zeros as long as their context; a stream may be longer
             more["token_type_ids"] = torch.zeros_like(tokens_N[None])
         with laid_out(self.base, layout):
-            return cast(Tensor, self.base(input_ids=tokens_N[None], **more).last_hidden_state)[0]
+            return cast(Tensor, self.base(input_ids=tokens_N[None], **more).last_hidden_state)
 
     def _read_padded(self, tokens_BT: Tensor, real_BT: Tensor) -> Stream:
         rows_BS, exists_BS = _compact(tokens_BT, real_BT, self._filler)
@@ -188,7 +195,7 @@ class Trunk(nn.Module):
             more["position_ids"] = position_ids(torch.ones_like(rows_BS)) + self.first_position
         if self.caches:
             more["use_cache"] = False
-        hidden_BSD = cast(Tensor, self.base(input_ids=rows_BS, **more).last_hidden_state)
+        hidden_BSD: Tensor = self(lambda: cast(Tensor, self.base(input_ids=rows_BS, **more).last_hidden_state))
         last_BT = (real_BT.long().cumsum(-1) - 1).clamp(min=0)
         begin_B = torch.arange(rows_BS.shape[0], device=rows_BS.device) * rows_BS.shape[1]
         return Stream(hidden_BSD.flatten(0, 1), last_BT + begin_B[:, None])
@@ -212,7 +219,8 @@ class Trunk(nn.Module):
         """What the language-model head says of each row's own token, without ever holding N×V logits."""
         self._require_speech()
         head, shape = self.head, _shape(self.model, temperature)
-        return self(lambda: words.words(head, hidden_ND, token_N, self.vocabulary, shape, entropy, likeliest))
+        asked = (head, hidden_ND, token_N, self.vocabulary, shape, entropy, likeliest)
+        return Words(*self(lambda: words.said(*asked)))  # a plain tuple: FSDP2 looks for tensors in nothing else
 
     @property
     def head(self) -> nn.Module:

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from palate.models import linear
@@ -51,6 +52,10 @@ class Words:
         return self.logit_N - self.total_N
 
 
+Said = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+"""What `Words` holds, in its order."""
+
+
 def words(
     head: Callable[[Tensor], Tensor],
     hidden_ND: Tensor,
@@ -60,6 +65,19 @@ def words(
     entropy: bool = False,
     likeliest: bool = False,
 ) -> Words:
+    """What `said` says, with names."""
+    return Words(*said(head, hidden_ND, token_N, vocabulary, shape, entropy, likeliest))
+
+
+def said(
+    head: Callable[[Tensor], Tensor],
+    hidden_ND: Tensor,
+    token_N: Tensor,
+    vocabulary: int,
+    shape: Shape,
+    entropy: bool = False,
+    likeliest: bool = False,
+) -> Said:
     """Logits of `token_N` under a head N×D → N×V, of which the first `vocabulary` count; differentiable.
 
     A plain linear layer is multiplied out here; any other head is asked block by block, and again when its gradient is.
@@ -69,14 +87,21 @@ def words(
     if _plain(head):
         layer = cast(nn.Linear, head)
         bias_V = None if layer.bias is None else layer.bias[:vocabulary]  # pyright: ignore[reportUnnecessaryComparison]
-        found = _Words.apply(hidden_ND, layer.weight[:vocabulary], bias_V, token_N, shape, rows, entropy, likeliest)  # pyright: ignore[reportAssignmentType]
-        return Words(*cast("tuple[Tensor, Tensor, Tensor | None, Tensor | None]", found))
+        asked = token_N.shape[0]
+        more = linear.rounded(asked, hidden_ND) - asked
+        if more:
+            hidden_ND, token_N = functional.pad(hidden_ND, (0, 0, 0, more)), functional.pad(token_N, (0, more))
+        found = cast(
+            Said,
+            _Words.apply(hidden_ND, layer.weight[:vocabulary], bias_V, token_N, shape, rows, entropy, likeliest),
+        )
+        return found if not more else cast(Said, tuple(None if x is None else x[:asked] for x in found))
     parts = [
         _asked(head, hidden_nD, token_n, vocabulary, shape, entropy, likeliest)
         for hidden_nD, token_n in zip(hidden_ND.split(rows), token_N.split(rows), strict=True)
     ]
     joined = [None if one[0] is None else torch.cat(cast(Any, one)) for one in zip(*parts, strict=True)]
-    return Words(cast(Tensor, joined[0]), cast(Tensor, joined[1]), joined[2], joined[3])
+    return cast(Said, tuple(joined))
 
 
 def _plain(head: Callable[[Tensor], Tensor]) -> bool:
