@@ -136,14 +136,18 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_same_run(folder: Path, name: str) -> None:
-    """Weights within 1e-6 of one process, the same answers, the same curves."""
+    """Weights within 4e-6 of one process, the same answers, the same curves.
+
+    Two ranks multiply matrices of other sizes, which round differently; where a gradient is as small as Adam's ε, that
+    is what is left of it after some steps.
+    """
     for stage in ("1-sft", "2-reward", "3-rlhf"):
         for file in sorted((folder / "one" / stage / "model").glob("*.safetensors")):
             ours, theirs = load_file(folder / name / stage / "model" / file.name), load_file(file)
             assert ours.keys() == theirs.keys()
             # No comparison moves a reward head's bias, so Adam walks it on rounding noise alone.
             gaps = {n: float((ours[n] - theirs[n]).abs().max()) for n in theirs if n != "layers.bias"}
-            assert max(gaps.values()) <= 1e-6, (stage, max(gaps, key=lambda n: gaps[n]), max(gaps.values()))
+            assert max(gaps.values()) <= 4e-6, (stage, max(gaps, key=lambda n: gaps[n]), max(gaps.values()))
         rows, expected = (lines(folder / run / stage / "metrics.jsonl") for run in (name, "one"))
         assert [r["step"] for r in rows] == [r["step"] for r in expected]
         for row, right in zip(rows, expected, strict=True):

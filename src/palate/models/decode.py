@@ -23,6 +23,7 @@ from palate.models import linear
 from palate.models.attention import Asked, Layout
 from palate.models.packed import Packed, pack
 from palate.models.trunk import Trunk
+from palate.parallel import local
 
 _AHEAD = 64
 """Columns for new tokens that are set aside at first; more come as they are needed."""
@@ -52,11 +53,18 @@ def turned(trunk: Trunk) -> Generator[None]:
                 layer.forward = forward
 
 
+def _whole(layer: nn.Module) -> bool:
+    """Whether all of the weight is here: of one that is sharded a block gathers its own, just in time."""
+    weight = cast(Tensor, layer.weight)
+    return local(weight) is weight
+
+
 _Copies = dict[nn.Module, tuple[Tensor, Tensor | None]]
 
 
 def _turned_over(trunk: Trunk) -> _Copies:
-    layers = [m for m in trunk.model.modules() if type(m) is nn.Linear and linear.fast(m.weight, m.weight)]
+    linears = [m for m in trunk.model.modules() if type(m) is nn.Linear and _whole(m)]
+    layers = [layer for layer in linears if linear.fast(layer.weight, layer.weight)]
     if sum(layer.weight.nbytes for layer in layers) > _TURN:
         return {}
     return {layer: (layer.weight.detach().t().contiguous().t(), layer.bias) for layer in layers}
@@ -66,7 +74,7 @@ def _cast(trunk: Trunk) -> _Copies:
     """However large: beside weights, gradients and Adam in float32 it is an eighth more."""
     copies: _Copies = {}
     for layer in trunk.model.modules():
-        if type(layer) is nn.Linear or type(layer) is Conv1D:
+        if type(layer) in (nn.Linear, Conv1D) and _whole(layer):
             weight = cast(Tensor, layer.weight).detach().to(trunk.compute)
             bias = cast("Tensor | None", layer.bias)
             weight_OI = weight.t().contiguous() if type(layer) is Conv1D else weight

@@ -95,7 +95,7 @@ def said(
             Said,
             _Words.apply(hidden_ND, layer.weight[:vocabulary], bias_V, token_N, shape, rows, entropy, likeliest),
         )
-        return found if not more else cast(Said, tuple(None if x is None else x[:asked] for x in found))
+        return found if not more else cast(Said, tuple(None if x is None else x[:asked].clone() for x in found))
     parts = [
         _asked(head, hidden_nD, token_n, vocabulary, shape, entropy, likeliest)
         for hidden_nD, token_n in zip(hidden_ND.split(rows), token_N.split(rows), strict=True)
