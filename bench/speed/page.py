@@ -69,7 +69,7 @@ def whole_share(row: Row, side: Mapping[str, Any] | None, record: Record) -> str
 
 def main_table(known: Mapping[str, Record]) -> list[str]:
     """One line per row."""
-    head = ["workload", "peer", "palate s", "peer s", "ratio", "asked", "tokens/s, both"]
+    head = ["workload", "peer", "palate s", "peer s", "ratio", "asked", "at the limit", "tokens/s, both"]
     head += ["GFLOP/s = share of limit", "peer's", "peak MB, both"]
     rows = []
     for name, row in ROWS.items():
@@ -79,7 +79,8 @@ def main_table(known: Mapping[str, Record]) -> list[str]:
         ours, theirs, found = record["palate"], record["peer"], results.ratio(record)
         pace = f"{ours['tokens_per_second']:,.0f}" + (f" / {theirs['tokens_per_second']:,.0f}" if theirs else "")
         gain = DASH if found is None else f"**{found:.2f}×**"
-        line = [title, record["peer_name"] or DASH, seconds(ours), seconds(theirs), gain, target(row, record), pace]
+        line = [title, record["peer_name"] or DASH, seconds(ours), seconds(theirs), gain, target(row, record)]
+        line += [DASH if theirs is None else f"{limit_of(row, row.kind, record) / theirs['gflops']:.1f}×", pace]
         line += [whole_share(row, ours, record), whole_share(row, theirs, record), memory(row, record)]
         rows.append(line)
     return table(head, rows)
@@ -161,7 +162,8 @@ HEAD = """# palate beside its peers
 Both systems are in memory at once and take turns, one optimiser step, one PPO iteration or one call of `generate` each,
 on the same weights (random, seed 0), token ids, batch sizes and epochs, in float32 on 2 threads. Seconds are medians of
 at least five turns after a warm-up, with the least and the most. A turn during which other programs used over 8 % of
-the machine is taken again; †n: n of the turns were disturbed all the same. A ratio is the peer's median over palate's.
+the machine is taken again; †n: n of the turns were disturbed all the same. A ratio is the peer's median over palate's;
+"at the limit" is the ratio of a program that spends no time on anything but the matrix products, at the limit measured.
 
 ![ratios](../docs/img/speed.svg)
 """
