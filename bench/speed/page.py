@@ -22,6 +22,10 @@ def share(gflops: float, limit: float) -> str:
     return f"{100 * gflops / limit:.0f} %"
 
 
+USUAL = 5
+"""Rounds of a row; a page names those that had fewer."""
+
+
 def limit_of(row: Row, part: str, record: Record) -> float:
     """The limit that a part of a row is held against: the products of drawing, or those of reading."""
     return record["limit"]["write" if part == "generate" else "read"]["best"]
@@ -62,7 +66,7 @@ def memory(row: Row, record: Record) -> str:
 
 def whole_share(row: Row, side: Mapping[str, Any] | None, record: Record) -> str:
     """GFLOP/s of a whole turn and its share of the limit."""
-    if side is None:
+    if side is None or (side is record["palate"] and not row.same_models):  # another model does less than is counted
         return DASH
     return f"{side['gflops']:.0f} = {share(side['gflops'], limit_of(row, row.kind, record))}"
 
@@ -80,7 +84,8 @@ def main_table(known: Mapping[str, Record]) -> list[str]:
         pace = f"{ours['tokens_per_second']:,.0f}" + (f" / {theirs['tokens_per_second']:,.0f}" if theirs else "")
         gain = DASH if found is None else f"**{found:.2f}×**"
         line = [title, record["peer_name"] or DASH, seconds(ours), seconds(theirs), gain, target(row, record)]
-        line += [DASH if theirs is None else f"{limit_of(row, row.kind, record) / theirs['gflops']:.1f}×", pace]
+        bound = theirs is not None and row.same_models
+        line += [DASH if not bound else f"{limit_of(row, row.kind, record) / theirs['gflops']:.1f}×", pace]
         line += [whole_share(row, ours, record), whole_share(row, theirs, record), memory(row, record)]
         rows.append(line)
     return table(head, rows)
@@ -95,7 +100,7 @@ def parts_table(known: Mapping[str, Record]) -> list[str]:
         for part, ours in (record["palate"]["parts"] if record else {}).items():
             theirs = (record["peer"] or {}).get("parts", {}).get(part)
             limit, worth = limit_of(row, part, record), ours["gflops"] > 0
-            mine = f"{ours['gflops']:.0f} = {share(ours['gflops'], limit)}" if worth else DASH
+            mine = f"{ours['gflops']:.0f} = {share(ours['gflops'], limit)}" if worth and row.same_models else DASH
             his = f"{theirs['gflops']:.0f} = {share(theirs['gflops'], limit)}" if theirs and worth else DASH
             gain = f"{theirs['seconds'] / ours['seconds']:.2f}×" if theirs else DASH
             cells = [number(ours["seconds"], 3), number(theirs["seconds"], 3) if theirs else DASH]
@@ -133,6 +138,12 @@ def limits_table(known: Mapping[str, Record]) -> list[str]:
 def notes(known: Mapping[str, Record]) -> list[str]:
     """What to know of single rows."""
     said = [f"- {row.title}: {row.note}." for name, row in ROWS.items() if name in known and row.note]
+    few = {name: known[name]["palate"]["rounds"] for name in ROWS if name in known}
+    said += [
+        f"- {ROWS[name].title}, beside {known[name]['peer_name'] or 'nobody'}: {count} rounds."
+        for name, count in few.items()
+        if count < USUAL
+    ]
     alone = [ROWS[name].title for name in ROWS if name in known and known[name]["peer"] is None]
     if alone:
         said.append(f"- The peer's environment was not there, so palate was measured alone: {'; '.join(alone)}.")
@@ -161,8 +172,8 @@ HEAD = """# palate beside its peers
 
 Both systems are in memory at once and take turns, one optimiser step, one PPO iteration or one call of `generate` each,
 on the same weights (random, seed 0), token ids, batch sizes and epochs, in float32 on 2 threads. Seconds are medians of
-at least five turns after a warm-up, with the least and the most. A turn during which other programs used over 8 % of
-the machine is taken again; †n: n of the turns were disturbed all the same. A ratio is the peer's median over palate's;
+five turns or more after a warm-up (fewer where the notes say so), with the least and the most. A turn during which
+other programs used over 8 % of the machine is taken again; †n: n of the turns were disturbed all the same. A ratio is the peer's median over palate's;
 "at the limit" is the ratio of a program that spends no time on anything but the matrix products, at the limit measured.
 
 ![ratios](../docs/img/speed.svg)
