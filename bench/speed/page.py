@@ -174,7 +174,7 @@ Both systems are in memory at once and take turns, one optimiser step, one PPO i
 on the same weights (random, seed 0), token ids, batch sizes and epochs, in float32 on 2 threads. Seconds are medians of
 five turns or more after a warm-up (fewer where the notes say so), with the least and the most. A turn during which
 other programs used over 8 % of the machine is taken again; †n: n of the turns were disturbed all the same. A ratio
-is the peer's median over palate's; "at the limit" is that of a program that does nothing but the matrix products, at the limit.
+is the peer's median over palate's; "at the limit" is that of a program of matrix products alone, at the limit.
 
 ![ratios](../docs/img/speed.svg)
 """
