@@ -8,12 +8,15 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
 
 from palate import randomness
 from palate.batches import Rollouts
 from palate.engines.engine import Sampling
 from palate.engines.local import LocalEngine
 from palate.models import decode, linear
+from palate.models.attention import Asked
 from palate.models.decode import Padded, Slots
 from palate.models.heads import ScalarHead
 from palate.models.make import Make, make
@@ -165,10 +168,11 @@ def test_what_is_heard_of_a_text_is_what_was_drawn_with() -> None:
     torch.testing.assert_close(speaks.listen(rows), rows.logp_BT, atol=1e-5, rtol=0)
 
 
-def test_weights_turned_over_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_weights_turned_over_leave_no_trace(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies are made anew for each call, so an update between two calls is heard; the modules are as before."""
-    trunk = Trunk(build("llama"), VOCABULARY)
-    layers = [m for m in trunk.model.modules() if type(m) is nn.Linear]
+    trunk = Trunk(build(family), VOCABULARY)
+    layers = [m for m in trunk.model.modules() if type(m) in (nn.Linear, Conv1D)]
     linear.use("onednn")
     try:
         ways = [layer.forward for layer in layers]
@@ -179,7 +183,7 @@ def test_weights_turned_over_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> 
         first = engine(trunk).generate(prompts(4), keys(4), greedy=True)
         with torch.no_grad():
             for layer in layers:
-                layer.weight.mul_(1.5)
+                cast(Tensor, layer.weight).mul_(1.5)
         second = engine(trunk).generate(prompts(4), keys(4), greedy=True)
         monkeypatch.setattr(decode, "_TURN", 0)
         again = engine(trunk).generate(prompts(4), keys(4), greedy=True)
@@ -187,6 +191,28 @@ def test_weights_turned_over_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> 
         linear.use(None)
     assert answers(again) == answers(second)
     assert not torch.equal(first.logp_BT[:, :20], second.logp_BT[:, :20])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("cap", [None, 3.0])
+@pytest.mark.parametrize("heads", [(4, 4), (2, 6)], ids=["own keys", "shared keys"])
+def test_one_query_attends_over_the_columns_it_is_given(
+    heads: tuple[int, int], cap: float | None, masked: bool
+) -> None:
+    """Every way of one query against the sums written out, in a memory of which only a span counts."""
+    random = torch.Generator().manual_seed(1)
+    groups, queries = heads
+    q_BGhd = torch.randn((3, groups, queries // groups, 8), generator=random)
+    k_BGRd, v_BGRd = (torch.randn((3, groups, 11, 8), generator=random) for _ in range(2))
+    mask_B11L = torch.zeros(3, 1, 1, 5)
+    mask_B11L[1, ..., :2] = -torch.inf
+    found = decode._of_one(  # pyright: ignore[reportPrivateUsage]
+        q_BGhd, k_BGRd, v_BGRd, slice(4, 9), Asked(0.3, True, None, cap), mask_B11L if masked else None
+    ).reshape(3, groups, -1, 8)
+    score = torch.einsum("bghd,bgld->bghl", q_BGhd, k_BGRd[:, :, 4:9]) * 0.3
+    score = score if cap is None else torch.tanh(score / cap) * cap
+    weight = functional.softmax(score + mask_B11L if masked else score, -1)
+    torch.testing.assert_close(found, torch.einsum("bghl,bgld->bghd", weight, v_BGRd[:, :, 4:9]), rtol=1e-5, atol=1e-6)
 
 
 def test_stop_texts_are_looked_for_where_they_may_end() -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from palate.models import linear
@@ -79,6 +81,79 @@ def test_plain_is_the_layer_as_torch_and_transformers_wrote_it() -> None:
 
 
 @there
+@pytest.mark.parametrize("rows", [1, 5, 64, 300])
+@pytest.mark.parametrize("kind", ["linear", "no bias", "conv1d"])
+def test_a_weight_laid_out_for_onednn_gives_the_same_products(kind: str, rows: int) -> None:
+    linear.use("onednn")
+    layer, x = _layer("linear" if kind == "no bias" else kind, bias=kind != "no bias"), _draw(rows, 24)
+    weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
+    laid = linear.laid(weight.t() if kind == "conv1d" else weight)
+    with torch.no_grad():
+        torch.testing.assert_close(linear.through(layer, x, laid, bias), layer(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("given", ["whole", "narrowed", "every other", "expanded", "one row", "one column"])
+def test_a_matrix_turned_over_is_the_same_matrix(given: str) -> None:
+    x = {
+        "whole": _draw(17, 24),
+        "narrowed": _draw(17, 24)[:, 3:9],
+        "every other": _draw(34, 48)[::2, ::2],
+        "expanded": torch.ones(()).expand(17, 24),
+        "one row": _draw(1, 24),
+        "one column": _draw(24, 1),
+    }[given]
+    turned = linear.turned(x)
+    assert torch.equal(turned, x.t())
+    assert turned.is_contiguous()
+
+
+def _with_gelu(family: str) -> PreTrainedModel:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 40, "rotary_dim": 4}
+    more = {"attention_types": [[["global"], 2]], "num_layers": 2} if family == "gpt_neo" else {}
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return AutoModel.from_config(AutoConfig.for_model(family, **sizes, **more)).eval()
+
+
+@there
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "gpt_neo", "codegen"])
+def test_gelu_goes_with_the_product_where_nothing_learns(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same states, of fewer passes over memory; with gradients GELU has its own, as before."""
+    model, tokens = _with_gelu(family), torch.arange(40).view(2, 20)
+    expected = model(tokens).last_hidden_state
+    linear.speed_up(model)
+    linear.use("onednn")
+    together: list[bool] = []
+    product = linear._product  # pyright: ignore[reportPrivateUsage]
+
+    def watched(*given: Any, **named: Any) -> Tensor:
+        together.append(bool(given[3:] and given[3]))
+        return product(*given, **named)
+
+    monkeypatch.setattr(linear, "_product", watched)
+    learning = model(tokens).last_hidden_state
+    assert not any(together)
+    with torch.no_grad():
+        reading = model(tokens).last_hidden_state
+    assert sum(together) == 2, "one in each block"
+    torch.testing.assert_close(learning, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(reading, expected, rtol=1e-5, atol=1e-5)
+
+
+@there
+def test_what_an_adapter_adds_comes_before_gelu() -> None:
+    model, tokens = _with_gelu("gpt2"), torch.arange(20).view(1, 20)
+    linear.speed_up(model)
+    layer = model.get_submodule("h.0.mlp.c_fc")
+    layer.register_forward_hook(lambda layer, given, output: output + 1.0)
+    linear.use("plain")
+    expected = model(tokens).last_hidden_state
+    linear.use("onednn")
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
+
+
+@there
 @pytest.mark.parametrize("trains", ["x", "weight", "bias"])
 def test_whatever_trains_alone_has_its_gradient(trains: str) -> None:
     found: list[Tensor] = []
@@ -124,7 +199,7 @@ def test_without_the_private_operator_products_are_plain(
 
 
 def test_an_operator_that_multiplies_otherwise_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear, "_product", lambda x, w, b=None: x @ w.t() * 1.001)
+    monkeypatch.setattr(linear, "_product", lambda x, w, b=None, gelu=False: x @ w.t() * 1.001)
     assert linear.use("onednn") == "plain"
 
 

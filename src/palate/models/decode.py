@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -44,7 +45,7 @@ def turned(trunk: Trunk) -> Generator[None]:
     before = {layer: vars(layer).get("forward") for layer in copies}
     try:
         for layer, (weight_OI, bias_O) in copies.items():
-            layer.forward = _by(weight_OI, bias_O)
+            layer.forward = _by(layer, weight_OI, bias_O)
         yield
     finally:
         for layer, forward in before.items():
@@ -63,11 +64,15 @@ _Copies = dict[nn.Module, tuple[Tensor, Tensor | None]]
 
 
 def _turned_over(trunk: Trunk) -> _Copies:
-    linears = [m for m in trunk.model.modules() if type(m) is nn.Linear and _whole(m)]
-    layers = [layer for layer in linears if linear.fast(layer.weight, layer.weight)]
-    if sum(layer.weight.nbytes for layer in layers) > _TURN:
+    plain = [m for m in trunk.model.modules() if type(m) in (nn.Linear, Conv1D) and _whole(m)]
+    weights = {layer: cast(Tensor, layer.weight) for layer in plain}
+    if sum(weight.nbytes for weight in weights.values()) > _TURN:
         return {}
-    return {layer: (layer.weight.detach().t().contiguous().t(), layer.bias) for layer in layers}
+    return {
+        layer: (linear.laid(weight.t() if type(layer) is Conv1D else weight), cast("Tensor | None", layer.bias))
+        for layer, weight in weights.items()
+        if linear.fast(weight, weight)
+    }
 
 
 def _cast(trunk: Trunk) -> _Copies:
@@ -82,9 +87,9 @@ def _cast(trunk: Trunk) -> _Copies:
     return copies
 
 
-def _by(weight_OI: Tensor, bias_O: Tensor | None) -> Any:
+def _by(layer: nn.Module, weight_OI: Tensor, bias_O: Tensor | None) -> Any:
     def forward(input: Tensor) -> Tensor:
-        return linear.linear(input, weight_OI, bias_O)
+        return linear.through(layer, input, weight_OI, bias_O)
 
     return forward
 
@@ -211,9 +216,9 @@ class Slots:
         first = self._first if asked.window is None else max(self._first, end - asked.window)
         groups = k_NGd.shape[1]
         q_BGhd = q_NHd.reshape(count, groups, heads // groups, width)
-        k_BGLd, v_BGLd = keys_SGRd[:count, :, first:end], values_SGRd[:count, :, first:end]
         mask = None if self._mask_BR is None else self._mask_BR[:, None, None, first:end]
-        return _of_one(q_BGhd, k_BGLd, v_BGLd, asked, mask).reshape(count, heads, v_NGd.shape[-1])
+        span = slice(first, end)
+        return _of_one(q_BGhd, keys_SGRd[:count], values_SGRd[:count], span, asked, mask).reshape(count, heads, -1)
 
     def _run(self, tokens_N: Tensor, position_N: Tensor, layout: Layout) -> Tensor:
         if self.trunk.model.training:  # only asks transformers to recompute activations, of which there are none
@@ -274,11 +279,14 @@ class Slots:
             self._settle()
 
 
-def _of_one(q_BGhd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, asked: Asked, mask_B11L: Tensor | None) -> Tensor:
-    """softmax(scale · q kᵀ) v of one query per head, B×G×h×d; the h heads of a group read the same keys.
+def _of_one(
+    q_BGhd: Tensor, k_BGRd: Tensor, v_BGRd: Tensor, span: slice, asked: Asked, mask_B11L: Tensor | None
+) -> Tensor:
+    """softmax(scale · q kᵀ) v of one query per head, B×G×h×d, over the columns of `span`.
 
     On a CPU two products and a softmax are faster than the fused kernel, which is made for many queries.
     """
+    k_BGLd, v_BGLd = k_BGRd[:, :, span], v_BGRd[:, :, span]
     if asked.cap is None and (q_BGhd.device.type != "cpu" or q_BGhd.dtype != torch.float32):
         return functional.scaled_dot_product_attention(q_BGhd, k_BGLd, v_BGLd, attn_mask=mask_B11L, scale=asked.scale)
     scale = q_BGhd.shape[-1] ** -0.5 if asked.scale is None else asked.scale
@@ -287,7 +295,34 @@ def _of_one(q_BGhd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, asked: Asked, mask_B
         score_BGhL = score_BGhL.div_(asked.cap).tanh_().mul_(asked.cap)
     if mask_B11L is not None:
         score_BGhL += mask_B11L
-    return score_BGhL.float().softmax(-1).to(v_BGLd.dtype) @ v_BGLd
+    weight_BGhL = score_BGhL.float().softmax(-1).to(v_BGLd.dtype)
+    if q_BGhd.shape[2] == 1 and v_BGRd.is_contiguous() and v_BGRd.dtype == torch.float32:
+        return _bagged(weight_BGhL, v_BGRd, span)
+    return weight_BGhL @ v_BGLd
+
+
+def _bagged(weight_BG1L: Tensor, v_BGRd: Tensor, span: slice) -> Tensor:
+    """Σ weight · v over the columns of `span`, as a bag of embeddings: read as fast as memory gives it.
+
+    A product of one row is not: it takes the values in pieces.
+    """
+    bags, room = v_BGRd.shape[0] * v_BGRd.shape[1], v_BGRd.shape[2]
+    place_bL = _places(bags, room, span.start, span.stop)
+    begin_b = _places(bags, span.stop - span.start, 0, 1)[:, 0]
+    return functional.embedding_bag(
+        place_bL.flatten(),
+        v_BGRd.reshape(bags * room, -1),
+        begin_b,
+        mode="sum",
+        per_sample_weights=weight_BG1L.flatten(),
+    )
+
+
+@lru_cache(maxsize=4)
+def _places(bags: int, room: int, start: int, stop: int) -> Tensor:
+    """Rows of a table of `bags` times `room` rows: those from `start` to `stop` of each."""
+    first_b = torch.arange(0, bags * room, room, dtype=torch.int32)
+    return first_b[:, None] + torch.arange(start, stop, dtype=torch.int32)
 
 
 class Padded:

@@ -32,6 +32,14 @@ _FINE = 6
 _FEW, _GRAIN = 256, 16
 """Below so many rows, without gradient, to a multiple of so many."""
 
+_HINT = 64
+"""For so many rows weights are laid out; that layout does for any other number as well."""
+
+_ACTIVATED = "palate_activated"
+"""Marks an output that GELU was already applied to, and a layer whose output goes to GELU and nowhere else."""
+_INTO_GELU = ("c_fc", "fc_in")
+"""The layers that feed `act`, where a family's feed-forward part has GELU's tanh form."""
+
 _chosen: Backend | None = None
 
 
@@ -104,15 +112,35 @@ def _agrees() -> bool:
     x_NI = torch.arange(24.0).view(4, 6) % 7 - 3
     w_OI = torch.arange(30.0).view(5, 6) % 5 - 2
     try:
-        ways = (_product(x_NI, w_OI), _product(x_NI, w_OI.t().contiguous().t()), _product(w_OI, x_NI).t())
-        return all(torch.allclose(found, x_NI @ w_OI.t(), atol=1e-5) for found in ways)
+        ways = [_product(x_NI, w) for w in (w_OI, w_OI.t().contiguous().t(), laid(w_OI))]
+        ways += [_product(w_OI, x_NI).t()]
+        gelu = functional.gelu(x_NI @ w_OI.t(), approximate="tanh")
+        activated = torch.allclose(_product(x_NI, w_OI, None, True), gelu, atol=1e-5)
+        return activated and all(torch.allclose(found, x_NI @ w_OI.t(), atol=1e-5) for found in ways)
     except (RuntimeError, AttributeError):
         return False
 
 
-def _product(x_NI: Tensor, w_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """x wᵀ + b by oneDNN; `w_OI` may be a transposed view. Private in torch, so nothing else calls it."""
-    return torch.ops.mkldnn._linear_pointwise(x_NI, w_OI, bias_O, "none", [], "")
+def _product(x_NI: Tensor, w_OI: Tensor, bias_O: Tensor | None = None, gelu: bool = False) -> Tensor:
+    """x wᵀ + b by oneDNN, and GELU of it in the same pass; `w_OI` may be a transposed view or what `laid` gives.
+
+    Private in torch, so nothing else calls it.
+    """
+    after = ("gelu", [], "tanh") if gelu else ("none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x_NI, w_OI, bias_O, *after)
+
+
+def laid(w_OI: Tensor) -> Tensor:
+    """A copy of a weight as oneDNN would lay it out to multiply few rows; for products without gradient alone."""
+    return torch.ops.mkldnn._reorder_linear_weight(w_OI.detach(), _HINT)
+
+
+def turned(x_NI: Tensor) -> Tensor:
+    """A contiguous copy I×N. As the shuffling of channels in groups it takes half the time of torch's own, or less."""
+    rows, columns = x_NI.shape
+    one = (1, rows * columns, 1, 1)
+    channels = x_NI.contiguous().as_strided(one, (one[1], 1, one[1], one[1]))
+    return functional.channel_shuffle(channels, rows).view(columns, rows)
 
 
 class _Linear(torch.autograd.Function):
@@ -144,8 +172,8 @@ def weight_gradient(grad_NO: Tensor, x_NI: Tensor) -> Tensor:
     if not fast(grad_NO, x_NI):
         return grad_NO.t() @ x_NI
     if x_NI.shape[1] <= grad_NO.shape[1]:
-        return _product(x_NI.t(), grad_NO.t()).t()
-    return _product(grad_NO.t(), x_NI.t())
+        return _product(turned(x_NI), grad_NO.t()).t()
+    return _product(turned(grad_NO), x_NI.t())
 
 
 def rounded(rows: int, like: Tensor) -> int:
@@ -165,14 +193,37 @@ def linear(x_NI: Tensor, w_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     if not fast(x_NI, w_OI) or not x_NI.numel():
         return functional.linear(x_NI, w_OI, bias_O)
     flat_NI = x_NI.reshape(-1, x_NI.shape[-1])
-    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x_NI, w_OI, bias_O))
-    if learns:
-        found = cast(Tensor, _Linear.apply(flat_NI, w_OI, bias_O))
-    else:
-        rows = flat_NI.shape[0]
-        more = -rows % _GRAIN if rows < _FEW else 0
-        found = _product(functional.pad(flat_NI, (0, 0, 0, more)) if more else flat_NI, w_OI, bias_O)[:rows]
+    found = (
+        cast(Tensor, _Linear.apply(flat_NI, w_OI, bias_O))
+        if _learns(x_NI, w_OI, bias_O)
+        else _read(flat_NI, w_OI, bias_O)
+    )
     return found.view(*x_NI.shape[:-1], w_OI.shape[0])
+
+
+def through(layer: nn.Module, x_NI: Tensor, w_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    """What a linear layer says, by its weight or a copy of it: GELU with it where that follows and nothing learns.
+
+    A layer that somebody listens to (an adapter) keeps to itself: what is added to it comes before GELU.
+    """
+    ahead = getattr(layer, _ACTIVATED, False) and not vars(layer)["_forward_hooks"]
+    ahead = ahead and not _learns(x_NI, w_OI, bias_O)
+    if not ahead or not fast(x_NI, w_OI) or not x_NI.numel():
+        return linear(x_NI, w_OI, bias_O)
+    found = _read(x_NI.reshape(-1, x_NI.shape[-1]), w_OI, bias_O, gelu=True).view(*x_NI.shape[:-1], w_OI.shape[0])
+    setattr(found, _ACTIVATED, True)
+    return found
+
+
+def _learns(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _read(x_NI: Tensor, w_OI: Tensor, bias_O: Tensor | None, gelu: bool = False) -> Tensor:
+    """The product without a gradient; few rows are filled up."""
+    rows = x_NI.shape[0]
+    more = -rows % _GRAIN if rows < _FEW else 0
+    return _product(functional.pad(x_NI, (0, 0, 0, more)) if more else x_NI, w_OI, bias_O, gelu)[:rows]
 
 
 def fast(x: Tensor, w: Tensor) -> bool:
@@ -193,15 +244,18 @@ def speed_up(model: nn.Module) -> None:
             module.forward = MethodType(_of_conv1d, module)
         elif type(module) is NewGELUActivation:
             module.forward = MethodType(_gelu, module)
+        if type(getattr(module, "act", None)) is NewGELUActivation:
+            for before in (getattr(module, name) for name in _INTO_GELU if hasattr(module, name)):
+                setattr(before, _ACTIVATED, True)
 
 
 def _of_linear(layer: nn.Linear, input: Tensor) -> Tensor:
-    return linear(input, layer.weight, layer.bias)
+    return through(layer, input, layer.weight, layer.bias)
 
 
 def _of_conv1d(layer: Conv1D, x: Tensor) -> Tensor:
-    return linear(x, cast(Tensor, layer.weight).t(), cast(Tensor, layer.bias))
+    return through(layer, x, cast(Tensor, layer.weight).t(), cast(Tensor, layer.bias))
 
 
 def _gelu(layer: nn.Module, input: Tensor) -> Tensor:
-    return functional.gelu(input, approximate="tanh")
+    return input if getattr(input, _ACTIVATED, False) else functional.gelu(input, approximate="tanh")

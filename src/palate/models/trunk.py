@@ -81,12 +81,12 @@ class Trunk(nn.Module):
         self.ground: Ground | None = None
         _silence_dropout(model)
         linear.speed_up(model)
+        # A stream may end with the pad id as a token of its own: no mask is missing then.
+        vars(self.base)["warn_if_padding_and_no_attention_mask"] = _nothing
         self.first_position, self.context = _positions(self.base)
         takes = inspect.signature(self.base.forward).parameters
         self.caches = "past_key_values" in takes
         self._takes_positions = "position_ids" in takes
-        # Any id would do in a padded cell; the model's own pad id would make transformers warn of a missing mask.
-        self._filler = 1 if model.config.pad_token_id == 0 else 0
         self._kinds = "token_type_ids" in takes and any(
             "token_type_ids" in name for name, _ in self.base.named_buffers()
         )
@@ -189,7 +189,7 @@ class Trunk(nn.Module):
             return cast(Tensor, self.base(input_ids=tokens_N[None], **more).last_hidden_state)
 
     def _read_padded(self, tokens_BT: Tensor, real_BT: Tensor) -> Stream:
-        rows_BS, exists_BS = _compact(tokens_BT, real_BT, self._filler)
+        rows_BS, exists_BS = _compact(tokens_BT, real_BT)
         more: dict[str, Any] = {} if self.causal else {"attention_mask": exists_BS.long()}
         if self.first_position:
             more["position_ids"] = position_ids(torch.ones_like(rows_BS)) + self.first_position
@@ -260,7 +260,7 @@ class Trunk(nn.Module):
             more["attention_mask"] = real_BL.long()
         if self._takes_positions:
             more["position_ids"] = position_ids(real_BL)[:, -new:] + self.first_position
-        ids_BS = tokens_BS.masked_fill(~real_BL[:, -new:], self._filler)
+        ids_BS = tokens_BS.masked_fill(~real_BL[:, -new:], 0)
         out = self.base(input_ids=ids_BS, past_key_values=cache, use_cache=True, **more)
         return cast(Tensor, out.last_hidden_state), out.past_key_values
 
@@ -277,15 +277,19 @@ class Trunk(nn.Module):
             )
 
 
-def _compact(tokens_BT: Tensor, real_BT: Tensor, filler: int) -> tuple[Tensor, Tensor]:
-    """Real tokens to the left in their order, as many columns as the longest row needs; `filler` in the pads."""
+def _nothing(*given: object) -> None:
+    """Instead of a warning that would be wrong here."""
+
+
+def _compact(tokens_BT: Tensor, real_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Real tokens to the left in their order, as many columns as the longest row needs; any id (0) in the pads."""
     count_B = real_BT.long().sum(-1)
     length = max(1, int(count_B.max()))
     exists_BS = torch.arange(length, device=tokens_BT.device) < count_B[:, None]
     if not torch.equal(exists_BS, real_BT[:, :length]):
         order_BS = (~real_BT).long().argsort(dim=-1, stable=True)[:, :length]
         tokens_BT = tokens_BT.gather(1, order_BS)
-    return tokens_BT[:, :length].masked_fill(~exists_BS, filler), exists_BS
+    return tokens_BT[:, :length].masked_fill(~exists_BS, 0), exists_BS
 
 
 def _silence_dropout(model: nn.Module) -> None:

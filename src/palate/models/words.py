@@ -177,13 +177,12 @@ class _Words(torch.autograd.Function):
         for hidden_nD, token_n in zip(hidden_ND.split(rows), token_N.split(rows), strict=True):
             logits_nV = _logits(hidden_nD, weight_VD, bias_V, shape)
             logit_n = logits_nV.gather(-1, token_n[:, None])[:, 0]
-            top_n = logits_nV.max(-1)
-            e_nV = (logits_nV - top_n.values[:, None]).exp_()
-            sum_n = e_nV.sum(-1)
-            total_n = sum_n.log() + top_n.values
-            spread_n = total_n - _dot(e_nV, logits_nV) / sum_n if entropy else None
+            top_n, p_nV = logits_nV.max(-1), logits_nV.softmax(-1)
+            # The likeliest token's own p gives the sum: one pass for both, and p of it is never near 0.
+            total_n = top_n.values - p_nV.gather(-1, top_n.indices[:, None])[:, 0].log()
+            spread_n = total_n - _dot(p_nV, logits_nV) if entropy else None
             if learns and (len(kept) + 1) * rows * weight_VD.shape[0] <= KEEP:
-                kept.append(e_nV.div_(sum_n[:, None]))
+                kept.append(p_nV)
             parts.append((logit_n, total_n, spread_n, top_n.indices if likeliest else None))
         joined = [None if one[0] is None else torch.cat(cast(Any, one)) for one in zip(*parts, strict=True)]
         ctx.save_for_backward(hidden_ND, weight_VD, bias_V, token_N, joined[1], joined[2])
