@@ -19,8 +19,11 @@ check: $(VENV)/.dev           ## format, lint, types, laws
 	$(BIN)/pyright
 	$(BIN)/python -m pytest tests/laws
 
-bench: $(VENV)/.dev           ## speed beside the peers (docs/bench.md), learning curves, the Adam ablation
+bench: $(VENV)/.dev           ## speed beside the peers (docs/bench.md), growth, memory, start-up, learning curves, the Adam ablation
 	$(BIN)/python -m bench.speed
+	$(BIN)/python -m bench.growth
+	$(BIN)/python -m bench.memory
+	$(BIN)/python -m bench.startup
 	$(BIN)/python recipes/stories/prepare.py
 	$(BIN)/python -m bench.curves
 	$(BIN)/palate run bench/bigger.yaml

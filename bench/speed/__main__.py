@@ -1,6 +1,6 @@
 """palate beside its peers on the same work.
 
-    python -m bench.speed                                   every row, five rounds; about half an hour
+    python -m bench.speed                                   every row, five rounds; about 40 minutes
     python -m bench.speed --rows dpo-small,ppo-small        these; the others stay as they were measured
     python -m bench.speed --page                            the page and the picture alone, from results.json
 

@@ -157,6 +157,20 @@ def test_the_setting_reaches_the_trunk_and_masters_are_float32(tmp_path: Path) -
         parse(Loading, {"dtype": "bfloat16", "compute": "bfloat16"})
 
 
+def test_a_model_made_by_a_stage_heeds_its_loading(tmp_path: Path) -> None:
+    """Three runs whose settings differ in `compute` alone: the one in bfloat16 is another, its weights float32."""
+    data = str(tiny_runs.write_prompts(tmp_path / "prompts.jsonl"))
+    shape = {"architecture": "llama", "hidden_size": 32, "layers": 2, "heads": 2, "vocabulary": 280, "context": 48}
+    found: list[dict[str, Tensor]] = []
+    for name, loading in (("plain", {}), ("again", {}), ("half", {"compute": "bfloat16"})):
+        stage = tiny_runs.sft("", data, loading=loading) | {"model": shape}
+        found.append(tiny_runs.weights(tiny_runs.run(tmp_path, stage, name=name) / "1-sft"))
+    plain, again, half = found
+    assert tiny_runs.equal(plain, again)
+    assert not tiny_runs.equal(plain, half)
+    assert {x.dtype for x in half.values()} == {torch.float32}
+
+
 def test_adam_refuses_what_has_no_masters_and_says_what_to_set(tmp_path: Path) -> None:
     folder = tiny_runs.save_model(tmp_path / "start")
     loaded = load(folder, how=Loading(dtype="bfloat16"))

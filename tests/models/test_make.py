@@ -7,7 +7,7 @@ from typing import get_args
 import pytest
 import torch
 
-from palate.models.load import Loaded
+from palate.models.load import Loaded, Loading
 from palate.models.make import Architecture, Make, make
 from palate.settings import PalateError, parse
 
@@ -39,6 +39,23 @@ def test_the_key_decides_the_weights_bit_for_bit(architecture):
     torch.testing.assert_close(_make(architecture).trunk.state_dict(), first, atol=0, rtol=0)
     other = _make(architecture, key=2).trunk.state_dict()
     assert any(not torch.equal(other[k], first[k]) for k in first)
+
+
+def test_a_made_model_comes_into_memory_as_loading_says():
+    settings = parse(Make, SMALL)
+    asked = Loading(compute="bfloat16", attention="eager", checkpoint_activations=True, device="cpu")
+    made, plain = make(settings, TEXTS, 1, asked).trunk, make(settings, TEXTS, 1).trunk
+    assert (made.computes_in, made.packs, made.recomputes) == (torch.bfloat16, False, True)
+    assert (plain.computes_in, plain.packs, plain.recomputes) == (torch.float32, True, False)
+    assert made.model.config._attn_implementation == "eager"
+    torch.testing.assert_close(made.state_dict(), plain.state_dict(), atol=0, rtol=0)
+    assert make(settings, TEXTS, 1, Loading(dtype="bfloat16")).trunk.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("name", "value"), [("end_token", "<end>"), ("make_causal", True)])
+def test_what_only_a_folder_can_have_is_refused(name, value):
+    with pytest.raises(PalateError, match=rf"loading\.{name} is for models from a folder"):
+        make(parse(Make, SMALL), TEXTS, 1, Loading(**{name: value}))
 
 
 def test_making_leaves_the_global_generator_alone():

@@ -138,18 +138,24 @@ def load(path: str | Path, use: Use = "policy", how: Loading | None = None) -> L
         heads = load_acting(folder, model) if use == "policy" else {}
     rows = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
     _check_vocabulary(path, tokenizer, rows)
-    cast(nn.Module, model).to(how.place)
-    trunk = Trunk(model, min(tokenizer.size, rows))
+    trunk = trunk_of(model, min(tokenizer.size, rows), how)
     if use == "policy":
         _check_policy(path, trunk, tokenizer)
+    placed = {role: one.to(how.place) for role, one in heads.items()}
+    return Loaded(trunk, tokenizer, head.to(how.place) if head else None, path, placed)
+
+
+def trunk_of(model: PreTrainedModel, vocabulary: int, how: Loading) -> Trunk:
+    """The model on its device as a trunk that runs as `how` says."""
+    cast(nn.Module, model).to(how.place)
+    trunk = Trunk(model, vocabulary)
     if how.attention is not None:  # what was asked for is what runs: on padded rows
         trunk.packs = False
     if how.compute is not None:
         trunk.compute = getattr(torch, how.compute)
     if how.checkpoint_activations:
         trunk.checkpoint_activations()
-    placed = {role: one.to(how.place) for role, one in heads.items()}
-    return Loaded(trunk, tokenizer, head.to(how.place) if head else None, path, placed)
+    return trunk
 
 
 def _adapted(folder: Path, use: Use, how: Loading) -> Loaded:

@@ -10,10 +10,9 @@ from pydantic import Field, model_validator
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from palate import randomness
-from palate.models.load import Loaded
+from palate.models.load import Loaded, Loading, trunk_of
 from palate.models.tokenizer import Tokenizer, train_bpe
-from palate.models.trunk import Trunk
-from palate.settings import Settings
+from palate.settings import PalateError, Settings
 
 Architecture = Literal["gpt2", "llama", "qwen2", "qwen3", "mistral", "opt", "bloom", "gpt_neox"]
 
@@ -60,13 +59,27 @@ class Make(Settings):
         return self
 
 
-def make(settings: Make, texts: Iterable[str], key: int) -> Loaded:
-    """A fresh model and tokenizer. The same settings, texts and key give the same weights, bit for bit."""
+def make(settings: Make, texts: Iterable[str], key: int, how: Loading | None = None) -> Loaded:
+    """A fresh model and tokenizer. The same settings, texts and key give the same weights, bit for bit.
+
+    Raises PalateError for ways of loading that only a model from a folder can have.
+    """
+    how = how or Loading()
+    for name in ("end_token", "make_causal"):
+        if getattr(how, name):
+            raise PalateError(
+                f"loading.{name} is for models from a folder; one made from nothing is causal and has an "
+                f"end token of its own. Leave {name} out."
+            )
     tokenizer = train_bpe(texts, settings.vocabulary)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(randomness.key(key, "weights"))
-        model = AutoModelForCausalLM.from_config(_config(settings, tokenizer), dtype=torch.float32)
-    return Loaded(Trunk(model, tokenizer.size), tokenizer, None, f"{settings.architecture} from nothing")
+        attention = {} if how.attention is None else {"attn_implementation": how.attention}
+        model = AutoModelForCausalLM.from_config(
+            _config(settings, tokenizer), dtype=getattr(torch, how.dtype), **attention
+        )
+    trunk = trunk_of(model, tokenizer.size, how)
+    return Loaded(trunk, tokenizer, None, f"{settings.architecture} from nothing")
 
 
 def _config(settings: Make, tokenizer: Tokenizer) -> Any:

@@ -73,7 +73,7 @@ def judges(*rewards: Any) -> list[str]:
 def open_model(model: str | Make, here: Workspace, role: str, how: Loading, texts: Iterable[str] = ()) -> Loaded:
     """The model a stage starts from; `role` decides what it must be able to do."""
     if isinstance(model, Make):
-        return make(model, texts, key(here.seed, "make", here.name))
+        return make(model, texts, key(here.seed, "make", here.name), how)
     uses: Mapping[str, Use] = {"policy": "policy", "value": "reward", "reward": "trunk"}
     return loading.load(here.resolve(model), uses[role], how)
 
