@@ -93,10 +93,11 @@ def test_a_weight_laid_out_for_onednn_gives_the_same_products(kind: str, rows: i
         torch.testing.assert_close(linear.through(layer, x, laid, bias), layer(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("given", ["whole", "narrowed", "every other", "expanded", "one row", "one column"])
+@pytest.mark.parametrize("given", ["whole", "behind", "narrowed", "every other", "expanded", "one row", "one column"])
 def test_a_matrix_turned_over_is_the_same_matrix(given: str) -> None:
     x = {
         "whole": _draw(17, 24),
+        "behind": _draw(17, 24)[5:],
         "narrowed": _draw(17, 24)[:, 3:9],
         "every other": _draw(34, 48)[::2, ::2],
         "expanded": torch.ones(()).expand(17, 24),

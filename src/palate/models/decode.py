@@ -296,7 +296,8 @@ def _of_one(
     if mask_B11L is not None:
         score_BGhL += mask_B11L
     weight_BGhL = score_BGhL.float().softmax(-1).to(v_BGLd.dtype)
-    if q_BGhd.shape[2] == 1 and v_BGRd.is_contiguous() and v_BGRd.dtype == torch.float32:
+    on_cpu = v_BGRd.device.type == "cpu" and v_BGRd.dtype == torch.float32
+    if on_cpu and q_BGhd.shape[2] == 1 and v_BGRd.is_contiguous():
         return _bagged(weight_BGhL, v_BGRd, span)
     return weight_BGhL @ v_BGLd
 
