@@ -212,9 +212,15 @@ def test_the_first_token_has_no_past_and_gets_nothing():
 
 
 def test_the_layouts_start_alike(layout):
-    """Whatever is shared, at the start the policy is the reference and the value promises nothing."""
+    """Whatever is shared, at the start the policy is the reference and the value promises nothing.
+
+    Scored alike, to the bit; a pass that learns rounds GELU apart from the product before it.
+    """
     cast, batch = _cast(layout), _batch()
-    torch.testing.assert_close(cast.logp("policy", batch), cast.logp("reference", batch), atol=0, rtol=0)
+    reference = cast.logp("reference", batch)
+    torch.testing.assert_close(cast.logp("policy", batch), reference, atol=1e-5, rtol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(cast.logp("policy", batch), reference, atol=0, rtol=0)
     assert torch.count_nonzero(cast.values("value", batch)) == 0
 
 
