@@ -233,7 +233,7 @@ def fast(x: Tensor, w: Tensor) -> bool:
 
 
 def speed_up(model: nn.Module) -> None:
-    """Let every linear layer of a model multiply by the chosen back end; GELU's tanh form and RMSNorm run as one call.
+    """Let every linear layer of a model multiply by the chosen back end, and GELU's tanh form run as one kernel.
 
     Modules stay transformers' own and give the same numbers up to rounding; only how they compute changes.
     """
@@ -244,8 +244,6 @@ def speed_up(model: nn.Module) -> None:
             module.forward = MethodType(_of_conv1d, module)
         elif type(module) is NewGELUActivation:
             module.forward = MethodType(_gelu, module)
-        elif _is_rms_norm(module):
-            module.forward = MethodType(_rms_norm, module)
         if type(getattr(module, "act", None)) is NewGELUActivation:
             for before in (getattr(module, name) for name in _INTO_GELU if hasattr(module, name)):
                 setattr(before, _ACTIVATED, True)
@@ -261,20 +259,3 @@ def _of_conv1d(layer: Conv1D, x: Tensor) -> Tensor:
 
 def _gelu(layer: nn.Module, input: Tensor) -> Tensor:
     return input if getattr(input, _ACTIVATED, False) else functional.gelu(input, approximate="tanh")
-
-
-@torch.no_grad()
-def _is_rms_norm(module: nn.Module) -> bool:
-    """Whether a module is w · x / √(mean x² + ε) (Zhang and Sennrich 2019, eq. 4), to which some families add."""
-    weight_D, eps = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
-    if not isinstance(weight_D, Tensor) or not isinstance(eps, float) or weight_D.dtype != torch.float32:
-        return False
-    x_2D = torch.linspace(-2, 3, 2 * weight_D.numel(), device=weight_D.device).view(2, -1)
-    return torch.allclose(module(x_2D), functional.rms_norm(x_2D, weight_D.shape, weight_D, eps))
-
-
-def _rms_norm(layer: nn.Module, hidden_states: Tensor) -> Tensor:
-    weight_D = cast(Tensor, layer.weight)
-    if hidden_states.dtype != torch.float32 or weight_D.dtype != torch.float32:  # the family's own order of roundings
-        return type(layer).forward(layer, hidden_states)
-    return functional.rms_norm(hidden_states, weight_D.shape, weight_D, cast(float, layer.variance_epsilon))
