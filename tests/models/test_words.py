@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
 
 from palate.models import words as module
-from palate.models.words import Shape, Words, shaped
+from palate.models.words import Shape, shaped, words
 
 SHAPES = {
     "plain": Shape(),
@@ -18,11 +16,6 @@ SHAPES = {
     "capped": Shape(scale=1.2, cap=2.0, temperature=0.8),
 }
 VOCABULARY = 33
-
-
-def words(*given: Any, **named: Any) -> Words:
-    """What is said, with names."""
-    return Words(*module.said(*given, **named))
 
 
 def _given(bias: bool = True) -> tuple[torch.Tensor, nn.Linear, torch.Tensor]:

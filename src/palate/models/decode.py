@@ -36,12 +36,12 @@ _TURN = 1 << 28
 def turned(trunk: Trunk) -> Generator[None]:
     """Within this context linear layers multiply by copies that are made for few rows at a time.
 
-    Where oneDNN multiplies, a copy is in its own layout: it would else bring every weight there for every token. In a
+    Where oneDNN multiplies, a copy is stored inputs first: it would else turn every weight over for every token. In a
     trunk that computes in another format than its weights', a copy is in that format: it would else be cast for every
     token. Layers that are not plain, or too many to hold twice, stay as they are; the weights must not change
     meanwhile.
     """
-    copies = _cast(trunk) if trunk.compute is not None else _laid_out(trunk)
+    copies = _cast(trunk) if trunk.compute is not None else _turned_over(trunk)
     before = {layer: vars(layer).get("forward") for layer in copies}
     try:
         for layer, (weight_OI, bias_O) in copies.items():
@@ -63,7 +63,7 @@ def _whole(layer: nn.Module) -> bool:
 _Copies = dict[nn.Module, tuple[Tensor, Tensor | None]]
 
 
-def _laid_out(trunk: Trunk) -> _Copies:
+def _turned_over(trunk: Trunk) -> _Copies:
     plain = [m for m in trunk.model.modules() if type(m) in (nn.Linear, Conv1D) and _whole(m)]
     weights = {layer: cast(Tensor, layer.weight) for layer in plain}
     if sum(weight.nbytes for weight in weights.values()) > _TURN:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from palate import randomness
-from palate.models.words import Shape, Words, said
+from palate.models.words import Shape, Words, words
 
 HeadKind = Literal["linear", "mlp"]
 HeadInit = Literal["reference", "zero", "coati"]
@@ -61,7 +61,7 @@ class ActionHead(nn.Module):
         """What one token of each row is worth, and log Σ exp over all V, without ever holding N×V numbers."""
         *before, last = self.layers
         inner_ND = nn.Sequential(*before)(hidden_ND.float())
-        return Words(*said(last, inner_ND, token_N, self.tokens, Shape()))
+        return words(last, inner_ND, token_N, self.tokens, Shape())
 
 
 Head = ScalarHead | ActionHead

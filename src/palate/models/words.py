@@ -53,7 +53,20 @@ class Words:
 
 
 Said = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-"""What `Words` holds, in its order: FSDP2 looks for tensors in plain tuples alone."""
+"""What `Words` holds, in its order."""
+
+
+def words(
+    head: Callable[[Tensor], Tensor],
+    hidden_ND: Tensor,
+    token_N: Tensor,
+    vocabulary: int,
+    shape: Shape,
+    entropy: bool = False,
+    likeliest: bool = False,
+) -> Words:
+    """What `said` says, with names."""
+    return Words(*said(head, hidden_ND, token_N, vocabulary, shape, entropy, likeliest))
 
 
 def said(
