@@ -122,7 +122,7 @@ def figures(watch: Watch) -> Figures:
         threads_least=min(watch.threads[first:]),
         threads_most=max(watch.threads[first:]),
         step_median=median(seconds),
-        step_p99=quantiles(seconds, n=100)[-1],
+        step_p99=quantiles(seconds, n=100, method="inclusive")[-1],
         step_longest=max(seconds),
         waited=sum(watch.waited) / (sum(watch.waited) + sum(watch.seconds)),
     )
