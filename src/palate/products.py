@@ -8,25 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 from palate.models import linear
 from palate.provenance import processor
 from palate.settings import PalateError
 
-Asked = Literal["auto", "plain", "onednn"]
+Asked = Literal["auto", "plain", "writing", "onednn"]
 
 
 @dataclass(frozen=True)
 class Choice:
     """The back end of a run, as provenance.json keeps it.
 
-    `gain` is how many times as fast as torch's own products oneDNN's were; None where a setting decided.
+    `gain` is how many times as fast as torch's own products oneDNN's were in a step that learns, `writing` while
+    answers are written; None where a setting decided.
     """
 
     asked: Asked
     backend: linear.Backend
     gain: float | None
+    writing: float | None
     processor: str
     moved: bool = False
     """Whether the run began on another processor."""
@@ -44,7 +46,9 @@ class Choice:
         elif not self.gain:
             why = "this torch has no oneDNN products in float32"
         else:
-            why = f"oneDNN is {self.gain:.2f}x as fast as torch's own"
+            why = (
+                f"oneDNN is {self.gain:.2f}x as fast as torch's own, {self.writing or 0:.2f}x while answers are written"
+            )
         again = "; measured again, as the run began on another processor" if self.moved else ""
         return f"matrix products on the CPU: {self.backend} ({why}{again})"
 
@@ -62,9 +66,10 @@ def choose(asked: Asked, earlier: Mapping[str, Any]) -> Choice:
                 "linear: oneDNN was asked for, but this torch cannot multiply float32 matrices by it. "
                 "Write linear: auto or plain."
             )
-        return Choice(asked, asked, None, here)
-    known = earlier.get("asked") == "auto" and earlier.get("backend") in ("plain", "onednn")
+        return Choice(asked, asked, None, None, here)
+    known = earlier.get("asked") == "auto" and earlier.get("backend") in get_args(linear.Backend)
     if known and earlier.get("processor") == here:
-        return Choice(asked, cast(linear.Backend, earlier["backend"]), float(earlier.get("gain") or 0), here)
-    gain = linear.gain()
-    return Choice(asked, linear.faster(gain), round(gain, 2), here, moved=known)
+        gain, writing = (float(earlier.get(name) or 0) for name in ("gain", "writing"))
+        return Choice(asked, cast(linear.Backend, earlier["backend"]), gain, writing, here)
+    gains = linear.gains()
+    return Choice(asked, gains.best, round(gains.learning, 2), round(gains.writing, 2), here, moved=known)

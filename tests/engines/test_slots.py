@@ -168,18 +168,21 @@ def test_what_is_heard_of_a_text_is_what_was_drawn_with() -> None:
     torch.testing.assert_close(speaks.listen(rows), rows.logp_BT, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("backend", ["writing", "onednn"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_weights_turned_over_leave_no_trace(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_turned_over_leave_no_trace(
+    family: str, backend: linear.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Copies are made anew for each call, so an update between two calls is heard; the modules are as before."""
     trunk = Trunk(build(family), VOCABULARY)
     layers = [m for m in trunk.model.modules() if type(m) in (nn.Linear, Conv1D)]
-    linear.use("onednn")
+    linear.use(backend)
     try:
         ways = [layer.forward for layer in layers]
         with decode.turned(trunk):
             changed = [layer.forward for layer in layers]
         assert [layer.forward for layer in layers] == ways
-        assert (changed != ways) == (linear.backend() == "onednn")
+        assert (changed != ways) == (linear.backend() == backend)
         first = engine(trunk).generate(prompts(4), keys(4), greedy=True)
         with torch.no_grad():
             for layer in layers:

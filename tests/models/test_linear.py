@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from palate.models import linear
-from palate.models.linear import Backend
+from palate.models.linear import Backend, Gains
 
-there = pytest.mark.skipif(linear.gain() == 0, reason="this torch has no oneDNN products in float32")
+there = pytest.mark.skipif(linear.gains().learning == 0, reason="this torch has no oneDNN products in float32")
 
 
 @pytest.fixture(autouse=True)
@@ -83,8 +83,9 @@ def test_plain_is_the_layer_as_torch_and_transformers_wrote_it() -> None:
 @there
 @pytest.mark.parametrize("rows", [1, 5, 64, 300])
 @pytest.mark.parametrize("kind", ["linear", "no bias", "conv1d"])
-def test_a_weight_laid_out_for_onednn_gives_the_same_products(kind: str, rows: int) -> None:
-    linear.use("onednn")
+@pytest.mark.parametrize("backend", ["plain", "writing", "onednn"])
+def test_a_weight_laid_out_for_onednn_gives_the_same_products(backend: Backend, kind: str, rows: int) -> None:
+    linear.use(backend)
     layer, x = _layer("linear" if kind == "no bias" else kind, bias=kind != "no bias"), _draw(rows, 24)
     weight, bias = cast(Tensor, layer.weight), cast("Tensor | None", layer.bias)
     laid = linear.laid(weight.t() if kind == "conv1d" else weight)
@@ -155,6 +156,28 @@ def test_what_an_adapter_adds_comes_before_gelu() -> None:
 
 
 @there
+def test_where_only_writing_gains_what_learns_and_scores_stays_as_torch_wrote_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*given: object) -> Tensor:
+        raise AssertionError("a product that does not write")
+
+    linear.use("writing")
+    layer, x = _layer("linear"), _draw(17, 24)
+    linear.speed_up(layer)
+    weight = cast(Tensor, layer.weight)
+    assert linear.lays(weight)
+    assert not linear.fast(x, weight)
+    assert linear.fast(x, linear.laid(weight))
+    assert (linear.rounded(1001, x), linear.rounded(1001, x, writing=True)) == (1001, 1008)
+    assert not linear.lays(weight.double())
+    monkeypatch.setattr(linear, "_product", refuse)
+    layer(x).sum().backward()
+    with torch.no_grad():
+        layer(x)
+
+
+@there
 @pytest.mark.parametrize("trains", ["x", "weight", "bias"])
 def test_whatever_trains_alone_has_its_gradient(trains: str) -> None:
     found: list[Tensor] = []
@@ -189,14 +212,14 @@ def test_without_the_private_operator_products_are_plain(
         raise fault("no such operator")
 
     monkeypatch.setattr(linear, "_product", missing)
-    linear.gain.cache_clear()
+    linear.gains.cache_clear()
     try:
-        assert linear.gain() == 0
-        assert linear.faster(linear.gain()) == "plain"
-        assert linear.use("onednn") == "plain"
+        assert linear.gains() == Gains(0.0, 0.0)
+        assert linear.gains().best == "plain"
+        assert linear.use("onednn") == linear.use("writing") == "plain"
         assert linear.linear(_draw(3, 24), _draw(40, 24)).shape == (3, 40)
     finally:
-        linear.gain.cache_clear()
+        linear.gains.cache_clear()
 
 
 def test_an_operator_that_multiplies_otherwise_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,6 +231,7 @@ def test_a_choice_is_kept_and_none_measures() -> None:
     linear.use("plain")
     assert linear.backend() == "plain"
     linear.use(None)
-    assert linear.backend() == linear.faster(linear.gain())
-    assert (linear.faster(0.0), linear.faster(1.0), linear.faster(2.0)) == ("plain", "plain", "onednn")
+    assert linear.backend() == linear.gains().best
+    found = {pair: Gains(*pair).best for pair in ((0.0, 0.0), (1.0, 1.0), (1.0, 2.0), (2.0, 2.0), (2.0, 1.0))}
+    assert list(found.values()) == ["plain", "plain", "writing", "onednn", "onednn"]
     assert torch.get_num_threads() >= 1

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import numpy as np
@@ -36,7 +36,7 @@ _TURN = 1 << 28
 def turned(trunk: Trunk) -> Generator[None]:
     """Within this context linear layers multiply by copies that are made for few rows at a time.
 
-    Where oneDNN multiplies, a copy is stored inputs first: it would else turn every weight over for every token. In a
+    Where oneDNN multiplies, a copy is in its own layout: it would else lay every weight out for every token. In a
     trunk that computes in another format than its weights', a copy is in that format: it would else be cast for every
     token. Layers that are not plain, or too many to hold twice, stay as they are; the weights must not change
     meanwhile.
@@ -71,7 +71,7 @@ def _turned_over(trunk: Trunk) -> _Copies:
     return {
         layer: (linear.laid(weight.t() if type(layer) is Conv1D else weight), cast("Tensor | None", layer.bias))
         for layer, weight in weights.items()
-        if linear.fast(weight, weight)
+        if linear.lays(weight)
     }
 
 
@@ -150,7 +150,7 @@ class Slots:
     def read(self, prompts: Sequence[Sequence[int]]) -> Read:
         """Read prompts as one stream without pads."""
         tokens_PL, real_PL = _table(prompts, left=False)
-        device, usual = self.trunk.device, self.trunk.usual
+        device, usual = self.trunk.device, partial(self.trunk.usual, writing=True)
         packed = pack(tokens_PL.to(device), real_PL.to(device), share=True, usual=usual)
         recording = _Recording(packed, [])
         hidden_ND = self._run(packed.tokens_N, packed.position_N, recording)

@@ -2,14 +2,15 @@
 
 On CPUs torch multiplies float32 matrices by MKL, which keeps off the widest instructions of some makers. torch brings
 a second library along, oneDNN, for other formats; one private operator reaches it with float32. Which of the two is
-faster is measured once in a process, by the three products of a training step, and can be given: `use("plain")`. A run
-settles it for all of its sessions (`palate.products`).
+faster is measured once in a process, by the three products of a training step and by those of a token that is written,
+and can be given: `use("plain")`. A run settles it for all of its sessions (`palate.products`).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from types import MethodType
 from typing import Any, Literal, cast
@@ -20,10 +21,13 @@ from torch.nn import functional
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-Backend = Literal["plain", "onednn"]
+Backend = Literal["plain", "writing", "onednn"]
+"""torch's own products; oneDNN's while answers are written, where weights stay as they are; oneDNN's everywhere."""
 
 _ROWS, _IN, _OUT = 512, 256, 1024
 """The product that is measured: a small model's, with a micro-batch of tokens."""
+_VOCABULARY = 8192
+"""The outputs of the head that is measured where answers are written."""
 _GAIN = 1.03
 """How much faster oneDNN has to be: below it the plain path keeps, which is torch's own."""
 
@@ -33,7 +37,7 @@ _FEW, _GRAIN = 256, 16
 """Below so many rows, without gradient, to a multiple of so many."""
 
 _HINT = 64
-"""For so many rows weights are laid out; that layout does for any other number as well."""
+"""For so many rows weights are laid out (that layout does for any other number as well), and writing is measured."""
 
 _ACTIVATED = "palate_activated"
 """Marks an output that GELU was already applied to, and a layer whose output goes to GELU and nowhere else."""
@@ -43,48 +47,59 @@ _INTO_GELU = ("c_fc", "fc_in")
 _chosen: Backend | None = None
 
 
+@dataclass(frozen=True)
+class Gains:
+    """How many times as fast oneDNN's products are as torch's own; 0 where they are missing."""
+
+    learning: float
+    """For one layer's forward pass and both of its gradients."""
+    writing: float
+    """For a feed-forward part and a head over few rows, with weights laid out before."""
+
+    @property
+    def best(self) -> Backend:
+        """The back end that the measurement speaks for."""
+        if self.learning > _GAIN:
+            return "onednn"
+        return "writing" if self.writing > _GAIN else "plain"
+
+
 def backend() -> Backend:
     """The back end of this process, measured when first asked for."""
     global _chosen
     if _chosen is None:
-        _chosen = faster(gain())
+        _chosen = gains().best
     return _chosen
 
 
 def use(chosen: Backend | None) -> Backend | None:
-    """Choose the back end; None measures when it is next asked for. `onednn` holds only where it is there.
+    """Choose the back end; None measures when it is next asked for. oneDNN's hold only where it is there.
 
     Gives back what holds.
     """
     global _chosen
-    _chosen = "plain" if chosen == "onednn" and not _agrees() else chosen
+    _chosen = "plain" if chosen in ("writing", "onednn") and not _agrees() else chosen
     return _chosen
-
-
-def faster(gain: float) -> Backend:
-    """The back end that a measured `gain` speaks for."""
-    return "onednn" if gain > _GAIN else "plain"
 
 
 @cache
 @torch.no_grad()
-def gain() -> float:
-    """How many times as fast oneDNN is, for one layer's forward pass and both of its gradients; 0 where it is missing.
+def gains() -> Gains:
+    """Measured once in a process, in a fifth of a second, by the processor time of one thread.
 
-    Measured once in a process, in about 100 ms, by the processor time of one thread: what else this machine does then
-    hardly counts, and the next process finds the same.
+    What else this machine does then hardly counts, and the next process finds nearly the same.
     """
     if not _agrees():
-        return 0.0
+        return Gains(0.0, 0.0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return _gain()
+        return Gains(_learning(), _writing())
     finally:
         torch.set_num_threads(threads)
 
 
-def _gain() -> float:
+def _learning() -> float:
     x_NI, y_NO, w_OI = torch.ones(_ROWS, _IN), torch.ones(_ROWS, _OUT), torch.ones(_OUT, _IN)
 
     def plain() -> None:
@@ -93,9 +108,21 @@ def _gain() -> float:
     def onednn() -> None:
         _ = _product(x_NI, w_OI), _product(y_NO, w_OI.t()), _product(x_NI.t(), y_NO.t())
 
+    return _ratio(plain, onednn)
+
+
+def _writing() -> float:
+    x_NI, y_NO = torch.ones(_HINT, _IN), torch.ones(_HINT, _OUT)
+    pairs = [(x_NI, torch.ones(_OUT, _IN)), (y_NO, torch.ones(_IN, _OUT)), (x_NI, torch.ones(_VOCABULARY, _IN))]
+    ready = [(x, laid(w)) for x, w in pairs]
+    return _ratio(lambda: [functional.linear(*pair) for pair in pairs], lambda: [_product(*pair) for pair in ready])
+
+
+def _ratio(plain: Callable[[], object], onednn: Callable[[], object]) -> float:
+    """How many times as long the first takes, each at its best."""
     for way in (plain, onednn):  # the first calls set things up
         way()
-    seconds: dict[Callable[[], None], list[float]] = {plain: [], onednn: []}
+    seconds: dict[Callable[[], object], list[float]] = {plain: [], onednn: []}
     for _ in range(5):
         for way, found in seconds.items():
             start = time.thread_time()
@@ -131,7 +158,10 @@ def _product(x_NI: Tensor, w_OI: Tensor, bias_O: Tensor | None = None, gelu: boo
 
 
 def laid(w_OI: Tensor) -> Tensor:
-    """A copy of a weight as oneDNN would lay it out to multiply few rows; for products without gradient alone."""
+    """A copy of a weight as oneDNN would lay it out to multiply few rows; for products without gradient alone.
+
+    Whatever back end is chosen, only oneDNN can multiply by it.
+    """
     return torch.ops.mkldnn._reorder_linear_weight(w_OI.detach(), _HINT)
 
 
@@ -176,13 +206,14 @@ def weight_gradient(grad_NO: Tensor, x_NI: Tensor) -> Tensor:
     return _product(turned(grad_NO), x_NI.t())
 
 
-def rounded(rows: int, like: Tensor) -> int:
+def rounded(rows: int, like: Tensor, writing: bool = False) -> int:
     """The rows that a product of `rows` rows is filled up to, so that few sizes ever come about.
 
     oneDNN prepares a kernel for each size it meets: a tenth of a product's time, and some memory. torch's own product
-    needs nothing of the kind, and then `rows` is returned as it is. `like` has the format and the device.
+    needs nothing of the kind, and then `rows` is returned as it is. `like` has the format and the device; `writing`
+    says that answers are written.
     """
-    if not rows or not fast(like, like):
+    if not rows or not (lays(like) if writing else fast(like, like)):
         return rows
     step = max(_GRAIN, 1 << max(0, rows.bit_length() - _FINE))
     return -(-rows // step) * step
@@ -227,9 +258,19 @@ def _read(x_NI: Tensor, w_OI: Tensor, bias_O: Tensor | None, gelu: bool = False)
 
 
 def fast(x: Tensor, w: Tensor) -> bool:
-    """Whether oneDNN is chosen and can multiply the two: float32 on a CPU, outside of autocast."""
-    ours = x.dtype == w.dtype == torch.float32 and x.device.type == w.device.type == "cpu"
-    return ours and backend() == "onednn" and not torch.is_autocast_enabled("cpu")
+    """Whether oneDNN multiplies the two: where it is chosen or `w` is laid out for it, in float32 on a CPU."""
+    return (backend() == "onednn" or w.is_mkldnn) and _ours(x, w)
+
+
+def lays(w: Tensor) -> bool:
+    """Whether oneDNN multiplies by copies of this weight while answers are written."""
+    return backend() != "plain" and _ours(w, w)
+
+
+def _ours(x: Tensor, w: Tensor) -> bool:
+    """Whether oneDNN can multiply the two: float32 on a CPU, outside of autocast."""
+    same = x.dtype == w.dtype == torch.float32 and x.device.type == w.device.type == "cpu"
+    return same and not torch.is_autocast_enabled("cpu")
 
 
 def speed_up(model: nn.Module) -> None:

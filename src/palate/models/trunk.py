@@ -168,9 +168,9 @@ class Trunk(nn.Module):
         with nullcontext() if ground is None else ground.under(self, tokens_BT, real_BT, packed):
             return Stream(self.run(packed.tokens_N, packed.position_N, packed), packed.last_BT)
 
-    def usual(self, count: int) -> int:
+    def usual(self, count: int, writing: bool = False) -> int:
         """The length to which a stream of so many tokens is filled up, so that few lengths ever come about."""
-        return linear.rounded(count, self._sample)
+        return linear.rounded(count, self._sample, writing)
 
     def run(self, tokens_N: Tensor, position_N: Tensor, layout: Layout) -> Tensor:
         """States N×D of a stream whose attention follows `layout`; for trunks that pack. Positions count from 0."""
