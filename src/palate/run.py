@@ -58,7 +58,7 @@ class Experiment(Settings):
     offload: bool = False
     """Keep what zero2 and zero3 shard in CPU memory: for GPUs that are too small, and slower."""
     linear: products.Asked = "auto"
-    """The library that multiplies float32 matrices on a CPU: plain is torch's own, onednn the other one it brings along,
+    """The library that multiplies float32 matrices on a CPU: plain is torch's own, onednn the other one it holds,
     writing takes that while answers are written alone; auto measures. A run that goes on keeps what it began with."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """How many checkpoints of a stage are kept while it runs."""
