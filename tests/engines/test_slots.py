@@ -20,6 +20,7 @@ from palate.models.attention import Asked
 from palate.models.decode import Padded, Slots
 from palate.models.heads import ScalarHead
 from palate.models.make import Make, make
+from palate.models.one_query import of_one
 from palate.models.tokenizer import Tokenizer
 from palate.models.trunk import Trunk
 from tests.models.conftest import FAMILIES, VOCABULARY
@@ -209,7 +210,7 @@ def test_one_query_attends_over_the_columns_it_is_given(
     k_BGRd, v_BGRd = (torch.randn((3, groups, 11, 8), generator=random) for _ in range(2))
     mask_B11L = torch.zeros(3, 1, 1, 5)
     mask_B11L[1, ..., :2] = -torch.inf
-    found = decode._of_one(  # pyright: ignore[reportPrivateUsage]
+    found = of_one(
         q_BGhd, k_BGRd, v_BGRd, slice(4, 9), Asked(0.3, True, None, cap), mask_B11L if masked else None
     ).reshape(3, groups, -1, 8)
     score = torch.einsum("bghd,bgld->bghl", q_BGhd, k_BGRd[:, :, 4:9]) * 0.3

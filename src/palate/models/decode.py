@@ -11,17 +11,17 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from palate.models import linear
+from palate.models import linear, replay
 from palate.models.attention import Asked, Layout
+from palate.models.one_query import of_one
 from palate.models.packed import Packed, pack
 from palate.models.trunk import Trunk
 from palate.parallel import local
@@ -145,7 +145,8 @@ class Slots:
         self._start = np.zeros(0, dtype=np.int64)
         self._layers: list[tuple[Tensor, Tensor]] = []
         self._turn = 0
-        self._position_B = self._mask_BR = None
+        self._position_B = self._mask_BR = self._start_B = None
+        self._replay = replay.Replay(trunk, slots) if replay.allowed(trunk, most_new) else None
 
     def read(self, prompts: Sequence[Sequence[int]]) -> Read:
         """Read prompts as one stream without pads."""
@@ -197,11 +198,19 @@ class Slots:
         """The states B×D of one more token in every row."""
         if self._clock == self._room:
             self._make_room()
-        self._turn = 0
-        hidden_BD = self._run(token_B, self._position_B, self)  # pyright: ignore[reportArgumentType]
+        by_hand = partial(self._step, token_B)
+        if self._replay is None:
+            hidden_BD = by_hand()
+        else:
+            start_B = cast(Tensor, self._start_B)
+            hidden_BD = self._replay.step(token_B, start_B, self._clock, self._layers, by_hand)
         self._clock += 1
         self._position_B = self._position_B + 1  # pyright: ignore[reportOptionalOperand]
         return hidden_BD
+
+    def _step(self, token_B: Tensor) -> Tensor:
+        self._turn = 0
+        return self._run(token_B, self._position_B, self)  # pyright: ignore[reportArgumentType]
 
     def attend(self, layer: int, q_NHd: Tensor, k_NGd: Tensor, v_NGd: Tensor, asked: Asked) -> Tensor:
         """Attention of one new token in every row, which is written first; see `palate.models.attention.Layout`.
@@ -218,7 +227,7 @@ class Slots:
         q_BGhd = q_NHd.reshape(count, groups, heads // groups, width)
         mask = None if self._mask_BR is None else self._mask_BR[:, None, None, first:end]
         span = slice(first, end)
-        return _of_one(q_BGhd, keys_SGRd[:count], values_SGRd[:count], span, asked, mask).reshape(count, heads, -1)
+        return of_one(q_BGhd, keys_SGRd[:count], values_SGRd[:count], span, asked, mask).reshape(count, heads, -1)
 
     def _run(self, tokens_N: Tensor, position_N: Tensor, layout: Layout) -> Tensor:
         if self.trunk.model.training:  # only asks transformers to recompute activations, of which there are none
@@ -229,7 +238,7 @@ class Slots:
         """What follows from where the rows begin: positions, and a mask where they do not begin together."""
         device = self.trunk.device
         self._first = int(self._start.min())
-        start_B = torch.from_numpy(self._start).to(device)
+        self._start_B = start_B = torch.from_numpy(self._start).to(device)
         self._position_B = self._clock - start_B
         self._mask_BR = None
         if int(self._start.max()) > self._first:
@@ -277,53 +286,6 @@ class Slots:
         self._clock, self._room, self._start = clock, room, self._start + by
         if self.size:
             self._settle()
-
-
-def _of_one(
-    q_BGhd: Tensor, k_BGRd: Tensor, v_BGRd: Tensor, span: slice, asked: Asked, mask_B11L: Tensor | None
-) -> Tensor:
-    """softmax(scale · q kᵀ) v of one query per head, B×G×h×d, over the columns of `span`.
-
-    On a CPU two products and a softmax are faster than the fused kernel, which is made for many queries.
-    """
-    k_BGLd, v_BGLd = k_BGRd[:, :, span], v_BGRd[:, :, span]
-    if asked.cap is None and (q_BGhd.device.type != "cpu" or q_BGhd.dtype != torch.float32):
-        return functional.scaled_dot_product_attention(q_BGhd, k_BGLd, v_BGLd, attn_mask=mask_B11L, scale=asked.scale)
-    scale = q_BGhd.shape[-1] ** -0.5 if asked.scale is None else asked.scale
-    score_BGhL = (q_BGhd * scale) @ k_BGLd.transpose(-1, -2)
-    if asked.cap is not None:
-        score_BGhL = score_BGhL.div_(asked.cap).tanh_().mul_(asked.cap)
-    if mask_B11L is not None:
-        score_BGhL += mask_B11L
-    weight_BGhL = score_BGhL.float().softmax(-1).to(v_BGLd.dtype)
-    on_cpu = v_BGRd.device.type == "cpu" and v_BGRd.dtype == torch.float32
-    if on_cpu and q_BGhd.shape[2] == 1 and v_BGRd.is_contiguous():
-        return _bagged(weight_BGhL, v_BGRd, span)
-    return weight_BGhL @ v_BGLd
-
-
-def _bagged(weight_BG1L: Tensor, v_BGRd: Tensor, span: slice) -> Tensor:
-    """Σ weight · v over the columns of `span`, as a bag of embeddings: read as fast as memory gives it.
-
-    A product of one row is not: it takes the values in pieces.
-    """
-    bags, room = v_BGRd.shape[0] * v_BGRd.shape[1], v_BGRd.shape[2]
-    place_bL = _places(bags, room, span.start, span.stop)
-    begin_b = _places(bags, span.stop - span.start, 0, 1)[:, 0]
-    return functional.embedding_bag(
-        place_bL.flatten(),
-        v_BGRd.reshape(bags * room, -1),
-        begin_b,
-        mode="sum",
-        per_sample_weights=weight_BG1L.flatten(),
-    )
-
-
-@lru_cache(maxsize=4)
-def _places(bags: int, room: int, start: int, stop: int) -> Tensor:
-    """Rows of a table of `bags` times `room` rows: those from `start` to `stop` of each."""
-    first_b = torch.arange(0, bags * room, room, dtype=torch.int32)
-    return first_b[:, None] + torch.arange(start, stop, dtype=torch.int32)
 
 
 class Padded:

@@ -54,6 +54,8 @@ class Loading(Settings):
     """Where the weights go: auto takes the GPU where there is one, or write cpu, cuda, cuda:1."""
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] | None = None
     """transformers' attention implementation, on padded rows; left out, rows are packed and nothing is padded."""
+    cuda_graphs: bool = True
+    """On a GPU, record a step of writing once and play it again, without Python and launches for every token."""
     make_causal: bool = False
     """Give an encoder family that can be a decoder (RoBERTa, BERT) its causal mask, so that it may be a policy."""
     end_token: str | None = None
@@ -151,6 +153,7 @@ def trunk_of(model: PreTrainedModel, vocabulary: int, how: Loading) -> Trunk:
     trunk = Trunk(model, vocabulary)
     if how.attention is not None:  # what was asked for is what runs: on padded rows
         trunk.packs = False
+    trunk.replays = how.cuda_graphs
     if how.compute is not None:
         trunk.compute = getattr(torch, how.compute)
     if how.checkpoint_activations:

@@ -66,7 +66,7 @@ class Trunk(nn.Module):
     measured, not believed: hidden states must not move when a later token is edited. `packs` says that rows go through
     as one stream without pads; measured too. `speaks` is False where the model has no language-model head (a reward or
     value trunk). `width` is D, `context` the longest sequence. With `compute` set, passes are under autocast to that
-    format, and weights and gradients stay in theirs.
+    format, and weights and gradients stay in theirs. `replays` says that a GPU may record steps of writing.
 
     Raises PalateError when the logits computed here would differ from the model's own.
     """
@@ -79,6 +79,7 @@ class Trunk(nn.Module):
         self.computes_on: torch.device | None = None
         self.compute: torch.dtype | None = None
         self.ground: Ground | None = None
+        self.replays = True
         _silence_dropout(model)
         linear.speed_up(model)
         # A stream may end with the pad id as a token of its own: no mask is missing then.
@@ -369,7 +370,7 @@ def _packs(trunk: Trunk) -> bool:
         return False
     finally:
         trunk.packs = False
-    return _close(found.float(), expected.float(), trunk.dtype)
+    return close(found.float(), expected.float(), trunk.dtype)
 
 
 @torch.no_grad()
@@ -385,7 +386,7 @@ def _find_head(trunk: Trunk) -> str | None:
     names = [name for name, module in trunk.model.named_modules() if module is outputs]
     for name in [*names, *(n for n, _ in trunk.model.named_children() if n in ("lm_head", "cls"))]:
         found = _head_logits(trunk.model, name, hidden)
-        if found.shape == expected.shape and _close(found, expected, trunk.dtype):
+        if found.shape == expected.shape and close(found, expected, trunk.dtype):
             return name
     raise PalateError(
         f"{trunk.family}: this family does something to its logits that palate does not know, so its numbers "
@@ -393,7 +394,7 @@ def _find_head(trunk: Trunk) -> str | None:
     )
 
 
-def _close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
     """Equal up to the rounding of `dtype`, relative to the largest logit."""
     slack = 64 * torch.finfo(dtype).eps
     return bool((found - expected).abs().max() <= slack * expected.abs().max().clamp(min=1e-6))
