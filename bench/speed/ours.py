@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from bench.speed import gpu
 from bench.speed.protocol import Link, Report, serve
 from bench.speed.workloads import CLIP_NORM, ONLINE, Work, given_counts
 from palate.data.encode import PromptRow, RankedRow, TokenRow
@@ -23,7 +24,7 @@ from palate.data.encode_pairs import LabelRow, PairRow
 from palate.engines.engine import Sampling
 from palate.engines.local import LocalEngine
 from palate.live import Display
-from palate.models.load import load
+from palate.models.load import Loading, load
 from palate.parallel import World
 from palate.randomness import key
 from palate.records import Demonstration, Ranking
@@ -74,14 +75,15 @@ def stage_of(work: Work, folder: Path) -> Any:
     moves |= {} if row.kind == "ppo" else {"max_grad_norm": CLIP_NORM}
     algorithm = ALGORITHMS[row.kind]
     given: dict[str, Any] = {"algorithm": algorithm, "optimiser": moves, "layout": dict(row.layout)}
-    given |= {"save_steps": ENDLESS, "loading": {"device": "cpu"}}
+    loading = {"device": row.device} | ({"compute": "bfloat16"} if row.precision == "bfloat16" else {})
+    given |= {"save_steps": ENDLESS, "loading": loading}
     nothing = folder / "none.jsonl"
     nothing.write_text('{"prompt": "a", "completion": "b"}\n' * row.batch, encoding="utf-8")
     if row.kind not in ONLINE:
         model = work.reward if row.kind == "reward" else work.policy
         sizes = {"batch_size": row.batch, "max_steps": ENDLESS}
         return build("stages", {"kind": "train", "model": model, "data": str(nothing), **sizes, **given}, "stage")
-    judged = {"kind": "model", "model": work.reward}
+    judged = {"kind": "model", "model": work.reward, "loading": loading}
     counted = {"kind": "function", "function": distinct}
     sampling = {"max_new_tokens": row.answer[1], "fixed_length": row.kind == "ppo" and not row.ends}
     given |= {
@@ -189,7 +191,7 @@ def offline_turns(work: Work, folder: Path) -> Callable[[int], Report]:
 
 def generating_turns(work: Work, folder: Path) -> Callable[[int], Report]:
     """A turn is one call of the local engine."""
-    loaded = load(work.policy)
+    loaded = load(work.policy, how=Loading(device=work.row.device, dtype=work.row.precision))
     sampling = Sampling(max_new_tokens=work.row.answer[1], fixed_length=True)
     engine = LocalEngine(loaded.trunk, loaded.tokenizer, sampling, batch_size=work.row.batch)
 
@@ -213,8 +215,10 @@ def main(path: str) -> None:
     """Load, say so, take turns."""
     link = Link()
     torch.set_num_threads(2)
+    work = Work.read(Path(path))
+    gpu.watch(link, work.row)
     with tempfile.TemporaryDirectory() as folder:
-        turn = turns_of(Work.read(Path(path)), Path(folder))
+        turn = turns_of(work, Path(folder))
         link.ready(palate=version("palate"), torch=torch.__version__, transformers=version("transformers"))
         serve(link, turn)
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from bench.speed import results
 from bench.speed.results import AGREE, Record
-from bench.speed.workloads import ROWS, Row
+from bench.speed.workloads import EVERY, Row
 
 DASH = "–"
 
@@ -57,11 +57,11 @@ def target(row: Row, record: Record) -> str:
 
 def memory(row: Row, record: Record) -> str:
     """Peak memory of both, and whether it is what was asked for."""
-    ours, found = record["palate"]["peak_rss_mb"], results.memory(record)
+    ours, found = record["palate"]["peak_mb"], results.memory(record)
     if found is None:
         return f"{ours:,.0f}"
     mark = "" if row.memory is None else (f" ≤ {row.memory:g} ✓" if found <= row.memory else f" ≤ {row.memory:g} ✗")
-    return f"{ours:,.0f} / {record['peer']['peak_rss_mb']:,.0f} = {found:.2f}{mark}"
+    return f"{ours:,.0f} / {record['peer']['peak_mb']:,.0f} = {found:.2f}{mark}"
 
 
 def whole_share(row: Row, side: Mapping[str, Any] | None, record: Record) -> str:
@@ -76,7 +76,7 @@ def main_table(known: Mapping[str, Record]) -> list[str]:
     head = ["workload", "peer", "palate s", "peer s", "ratio", "asked", "at the limit", "tokens/s, both"]
     head += ["GFLOP/s = share of limit", "peer's", "peak MB, both"]
     rows = []
-    for name, row in ROWS.items():
+    for name, row in EVERY.items():
         if name not in known:
             continue
         record, title = known[name], row.title if row.same_models else f"{row.title} (*different model*)"
@@ -95,7 +95,7 @@ def parts_table(known: Mapping[str, Record]) -> list[str]:
     """The iterations that have several parts, part by part."""
     head = ["workload", "part", "palate s", "peer s", "ratio", "palate GFLOP/s = share", "peer GFLOP/s = share"]
     rows: list[list[str]] = []
-    for name, row in ROWS.items():
+    for name, row in EVERY.items():
         record = known.get(name)
         for part, ours in (record["palate"]["parts"] if record else {}).items():
             theirs = (record["peer"] or {}).get("parts", {}).get(part)
@@ -112,7 +112,7 @@ def loss_table(known: Mapping[str, Record]) -> list[str]:
     """The numbers that have to agree, and how far they do."""
     head = ["workload", "number", "steps", "palate, first and last", "peer, first and last", "apart at most", ""]
     rows = []
-    for name, row in ROWS.items():
+    for name, row in EVERY.items():
         record = known.get(name)
         found = results.apart(record) if record else None
         if record is None or found is None:
@@ -127,7 +127,7 @@ def limits_table(known: Mapping[str, Record]) -> list[str]:
     """The machine's limits, by model and by library."""
     head = ["model", "reading: best", "MKL", "oneDNN", "drawing: best", "MKL", "oneDNN"]
     seen: dict[str, list[str]] = {}
-    for name, row in ROWS.items():
+    for name, row in EVERY.items():
         if name in known:
             found = known[name]["limit"]
             cells = [found[kind].get(way) for kind in ("read", "write") for way in ("best", "mkl", "onednn")]
@@ -137,14 +137,14 @@ def limits_table(known: Mapping[str, Record]) -> list[str]:
 
 def notes(known: Mapping[str, Record]) -> list[str]:
     """What to know of single rows."""
-    said = [f"- {row.title}: {row.note}." for name, row in ROWS.items() if name in known and row.note]
-    few = {name: known[name]["palate"]["rounds"] for name in ROWS if name in known}
+    said = [f"- {row.title}: {row.note}." for name, row in EVERY.items() if name in known and row.note]
+    few = {name: known[name]["palate"]["rounds"] for name in EVERY if name in known}
     said += [
-        f"- {ROWS[name].title}, beside {known[name]['peer_name'] or 'nobody'}: {count} rounds."
+        f"- {EVERY[name].title}, beside {known[name]['peer_name'] or 'nobody'}: {count} rounds."
         for name, count in few.items()
         if count < USUAL
     ]
-    alone = [ROWS[name].title for name in ROWS if name in known and known[name]["peer"] is None]
+    alone = [EVERY[name].title for name in EVERY if name in known and known[name]["peer"] is None]
     if alone:
         said.append(f"- The peer's environment was not there, so palate was measured alone: {'; '.join(alone)}.")
     return said
@@ -178,15 +178,26 @@ is the peer's median over palate's; "at the limit" is that of a program of matri
 
 ![ratios](../docs/img/speed.svg)
 """
+GPU_HEAD = """# palate beside its peers on a GPU
+
+    export PALATE_PEERS=~/peers        # made as docs/bench.md says, with a CUDA build of torch
+    python -m bench.speed --gpu        # measures every row, writes this page and its picture
+
+As [results.md](results.md), but products are in bfloat16: what learns keeps its weights, their gradients and Adam in
+float32, `generate` has its weights in bfloat16. Clocks wait for the GPU; peak memory is the GPU's own.
+
+![ratios](gpu.svg)
+"""
 COUNTING = """
 ## How the arithmetic is counted
 
 2 FLOP per weight and token forward, 4 more backward; the blocks for real tokens only, the language-model head only
 where a token is drawn or scored; attention scores are left out (under 3 % here). Both systems are credited with the
 same useful work (`bench/speed/accounting.py`); what one computes beyond it (padding, logits of prompts) earns nothing.
-The limit is what the machine's float32 products reach at the model's own shapes with the faster of MKL and oneDNN for
-each matrix, measured with each row (`bench/speed/limit.py`): reading 2,048 tokens at once for whatever trains or
-scores, one token of 64 answers at once for whatever draws. Peak memory is that of the whole process, imports included.
+The limit is what the machine's products reach at the model's own shapes, measured with each row
+(`bench/speed/limit.py`): reading 2,048 tokens at once for whatever trains or scores, one token of 64 answers at once
+for whatever draws (16,384 and 256 on a GPU). On a CPU they are in float32 by the faster of MKL and oneDNN for each
+matrix. Peak memory is there that of the whole process, imports included.
 """
 SAME = """
 ## The same numbers
@@ -198,8 +209,9 @@ against published numbers in `tests/test_golden_losses.py`, `tests/test_golden_p
 
 
 def page(known: Mapping[str, Record]) -> str:
-    """All of bench/results.md."""
-    parts = [HEAD, *main_table(known)]
+    """All of bench/results.md, or of the page of a GPU's rows."""
+    on_gpu = any(EVERY[name].device == "cuda" for name in known)
+    parts = [GPU_HEAD if on_gpu else HEAD, *main_table(known)]
     for title, found in (("## Part by part", parts_table(known)), ("", loss_table(known))):
         if found:
             parts += ["", title, "", *found] if title else [SAME, *found]

@@ -8,7 +8,7 @@ from html import escape
 
 from bench.speed import results
 from bench.speed.results import Record
-from bench.speed.workloads import ROWS, Row
+from bench.speed.workloads import EVERY, Row
 
 STYLE = """
   .sheet { fill: #ffffff; } text { font: 12px system-ui, sans-serif; fill: #221c22; }
@@ -21,7 +21,7 @@ LEFT, WIDTH, STEP, TOP, BAR = 400, 420, 24, 34, 14
 
 def picture(known: Mapping[str, Record]) -> str:
     """A standalone SVG."""
-    shown = [(row, ratio) for name, row in ROWS.items() if (ratio := _ratio(known, name)) is not None]
+    shown = [(row, ratio) for name, row in EVERY.items() if (ratio := _ratio(known, name)) is not None]
     most = math.ceil(max([*(ratio for _, ratio in shown), *(row.target or 0 for row, _ in shown), 1]) * 1.05)
     width, height = LEFT + WIDTH + 70, TOP + STEP * max(len(shown), 1) + 34
     scale = WIDTH / most

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 Report = dict[str, Any]
 
 
-def peak_rss_mb() -> float:
+def peak_mb() -> float:
     """The most memory this process had resident since its program began, in MiB."""
     with open("/proc/self/status", encoding="ascii") as status:
         line = next(line for line in status if line.startswith("VmHWM"))
@@ -29,7 +29,13 @@ def cpu_seconds() -> float:
 
 
 class Link:
-    """A worker's end. What libraries print goes to stderr, so that stdout carries the protocol alone."""
+    """A worker's end. What libraries print goes to stderr, so that stdout carries the protocol alone.
+
+    `settle` waits for a device that computes on its own, before a clock is read; `peak` is the most memory so far.
+    """
+
+    settle: Callable[[], object] = staticmethod(lambda: None)
+    peak: Callable[[], float] = staticmethod(peak_mb)
 
     def __init__(self, asked: TextIO | None = None, told: TextIO | None = None) -> None:
         if told is None:
@@ -49,13 +55,15 @@ class Link:
         if not self._asked.readline().strip():
             return False
         self.turn += 1
+        self.settle()
         self._began, self._spent = time.perf_counter(), cpu_seconds()
         return True
 
     def done(self, **report: Any) -> None:
         """The turn is over: stop its clock and tell what it was."""
+        self.settle()
         seconds, spent = time.perf_counter() - self._began, cpu_seconds() - self._spent
-        self._say({"seconds": seconds, "cpu": spent, "peak_rss_mb": peak_rss_mb(), **report})
+        self._say({"seconds": seconds, "cpu": spent, "peak_mb": self.peak(), **report})
 
     def leave(self) -> None:
         """End this process from inside a library's loop, which would otherwise go on."""

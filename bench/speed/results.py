@@ -56,7 +56,7 @@ def measured(row: Row, taken: Taken, count: int, facts: Mapping[str, Any]) -> Re
         "gflop": median(sum(w.values()) for w in work),
         "gflops": median(sum(w.values()) / s for w, s in zip(work, seconds, strict=True)),
         "parts": parts,
-        "peak_rss_mb": max(turn.report["peak_rss_mb"] for turn in taken.turns),
+        "peak_mb": max(turn.report["peak_mb"] for turn in taken.turns),
         "rounds": len(turns),
         "taken": len(taken.turns),
         "disturbed": sum(turn.others > LIMIT for turn in turns),
@@ -87,7 +87,7 @@ def ratio(record: Record) -> float | None:
 def memory(record: Record) -> float | None:
     """palate's peak memory as a share of the peer's."""
     peer = record.get("peer")
-    return record["palate"]["peak_rss_mb"] / peer["peak_rss_mb"] if peer else None
+    return record["palate"]["peak_mb"] / peer["peak_mb"] if peer else None
 
 
 def stamp() -> str:

@@ -10,6 +10,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from bench.speed import gpu
 from bench.speed.protocol import Link, serve
 from bench.speed.workloads import PAD, Work
 
@@ -18,7 +19,9 @@ def main(path: str) -> None:
     """Load, say so, answer."""
     link, work = Link(), Work.read(Path(path))
     torch.set_num_threads(2)
-    model = AutoModelForCausalLM.from_pretrained(work.policy, dtype=torch.float32).eval()
+    gpu.watch(link, work.row)
+    dtype, device = getattr(torch, work.row.precision), work.row.device
+    model = AutoModelForCausalLM.from_pretrained(work.policy, dtype=dtype).to(device).eval()
     model.generation_config.eos_token_id = None
     new = work.row.answer[1]
     asked = GenerationConfig(
@@ -27,7 +30,7 @@ def main(path: str) -> None:
 
     @torch.no_grad()
     def turn(number: int) -> dict[str, Any]:
-        prompts_BT = torch.tensor([work.data["prompts"][i] for i in work.batch(number)])
+        prompts_BT = torch.tensor([work.data["prompts"][i] for i in work.batch(number)], device=device)
         mask_BT = torch.ones_like(prompts_BT)
         found_BT = model.generate(input_ids=prompts_BT, attention_mask=mask_BT, generation_config=asked)
         drawn = found_BT.numel() - prompts_BT.numel()

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl.experimental.ppo import PPOConfig, PPOTrainer
 
+from bench.speed import gpu
 from bench.speed.protocol import Link
 from bench.speed.workloads import EOS, PAD, Work
 
@@ -87,15 +88,15 @@ class Turns(TrainerCallback):
 
 
 def settings(work: Work) -> PPOConfig:
-    """float32, no checkpointing, minibatches that are each one step (a batch of the whole rollout does that)."""
+    """No checkpointing, minibatches that are each one step (a batch of the whole rollout does that)."""
     row = work.row
     return PPOConfig(
         output_dir=tempfile.mkdtemp(),
         report_to="none",
-        use_cpu=True,
+        use_cpu=row.device == "cpu",
         save_strategy="no",
         seed=0,
-        bf16=False,
+        bf16=row.precision == "bfloat16",
         gradient_checkpointing=False,
         per_device_train_batch_size=row.batch,
         gradient_accumulation_steps=1,
@@ -116,6 +117,7 @@ def main(path: str) -> None:
     """Build the trainer, say so, train until the runner has had enough."""
     link, work = Link(), Work.read(Path(path))
     torch.set_num_threads(2)
+    gpu.watch(link, work.row)
     words = AutoTokenizer.from_pretrained(work.policy)
     words.padding_side = "left"
     policy, reference = (AutoModelForCausalLM.from_pretrained(work.policy, dtype=torch.float32) for _ in range(2))

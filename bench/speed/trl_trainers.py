@@ -23,6 +23,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
+from bench.speed import gpu
 from bench.speed.protocol import Link
 from bench.speed.workloads import CLIP_NORM, EOS, PAD, Work, given_counts
 
@@ -51,11 +52,11 @@ def policy(work: Work) -> Any:
 
 
 def settings(work: Work) -> dict[str, Any]:
-    """What all trainers are told: float32, no checkpointing, the data's order, one step per batch."""
+    """What all trainers are told: no checkpointing, the data's order, one step per batch; weights are float32."""
     return {
         "output_dir": tempfile.mkdtemp(),
         "report_to": "none",
-        "use_cpu": True,
+        "use_cpu": work.row.device == "cpu",
         "save_strategy": "no",
         "per_device_train_batch_size": work.row.batch,
         "gradient_accumulation_steps": 1,
@@ -66,7 +67,7 @@ def settings(work: Work) -> dict[str, Any]:
         "logging_steps": 1000,
         "disable_tqdm": True,
         "seed": 0,
-        "bf16": False,
+        "bf16": work.row.precision == "bfloat16",
         "gradient_checkpointing": False,
     }
 
@@ -216,6 +217,7 @@ def main(path: str) -> None:
     """Build the trainer, say so, train until the runner has had enough."""
     link, work = Link(), Work.read(Path(path))
     torch.set_num_threads(2)
+    gpu.watch(link, work.row)
     words = AutoTokenizer.from_pretrained(work.policy)
     words.padding_side = "left"
     if (words.pad_token_id, words.eos_token_id) != (PAD, EOS):

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 Kind = Literal["ppo", "grpo", "rloo", "sft", "reward", "dpo", "kto", "orpo", "generate"]
 Peer = Literal["trl-ppo", "trl", "transformers", "vllm"]
+Device = Literal["cpu", "cuda"]
+Precision = Literal["float32", "bfloat16"]
 ONLINE: tuple[str, ...] = ("ppo", "grpo", "rloo")
 PAIRED: tuple[str, ...] = ("reward", "dpo", "orpo")
 
@@ -54,6 +56,7 @@ MODELS: Mapping[str, Shape] = {
     "mid": Shape("gpt2", 6, 512, 8, 16000, 512),
     "llama15m": Shape("llama", 6, 288, 6, 32000, 512, 768),
     "gpt2-124m": Shape("gpt2", 12, 768, 12, 50257, 1024),
+    "llama-1b": Shape("llama", 16, 2048, 16, 32000, 2048, 5632),
 }
 
 
@@ -88,6 +91,9 @@ class Row:
     memory: float | None = None
     """The most memory palate may take, as a share of the peer's."""
     note: str = ""
+    device: Device = "cpu"
+    precision: Precision = "float32"
+    """Of all products; what learns keeps its weights, their gradients and Adam in float32 for everyone."""
 
     @property
     def shape(self) -> Shape:
@@ -110,8 +116,11 @@ def _ppo(name: str, title: str, target: float | None, **more: Any) -> Row:
     return Row(name, title, "ppo", given.pop("model", "small"), "trl-ppo", target, **given)
 
 
-def _generate(name: str, title: str, model: str, peer: Peer, target: float | None) -> Row:
-    return Row(name, title, "generate", model, peer, target, batch=64, prompt=(32, 32), answer=(53, 53))
+def _generate(
+    name: str, title: str, model: str, peer: Peer = "transformers", target: float | None = None, **more: Any
+) -> Row:
+    given = {"batch": 64, "prompt": (32, 32), "answer": (53, 53)} | more
+    return Row(name, title, "generate", model, peer, target, **given)
 
 
 def _grouped(kind: Kind, title: str) -> Row:
@@ -122,6 +131,9 @@ def _grouped(kind: Kind, title: str) -> Row:
 _RAGGED = "the final norm's bias leans on the end token, so that each drawn token is the end with chance 1/53"
 _ODDS = "TRL's loss also fits the prompts, so the odds-ratio term is compared, before the first step"
 _MIRROR = "palate gets each batch in reverse, so that both pair a prompt with the same other answer for the KL term"
+_LONG: dict[str, Any] = {"batch": 256, "prompt": (128, 128), "answer": (256, 256)}
+_EVEN: dict[str, Any] = {"prompt": (128, 128), "answer": (128, 128)}
+_WHOLE: dict[str, Any] = {"batch": 64, "prompt": (0, 0), "answer": (128, 256)}
 _SHARED = "different model: policy and value on one trunk"
 _HYDRA = "different model: policy and value on one trunk, of which the upper half trains"
 
@@ -181,7 +193,21 @@ ROWS: Mapping[str, Row] = {
         _generate("generate-gpt2-124m", "generate GPT-2 124M, 64 × (32 + 53)", "gpt2-124m", "transformers", None),
     )
 }
-"""Everything `python -m bench.speed` measures, in the order of the table."""
+"""What `python -m bench.speed` measures, in the order of the table."""
+
+_GPU: dict[str, Any] = {"device": "cuda", "precision": "bfloat16"}
+GPU_ROWS: Mapping[str, Row] = {
+    row.name: row
+    for row in (
+        _generate("gpu-generate-gpt2-124m", "generate GPT-2 124M, 256 × (128 + 256)", "gpt2-124m", **_GPU, **_LONG),
+        _generate("gpu-generate-llama-1b", "generate Llama 0.9 B, 256 × (128 + 256)", "llama-1b", **_GPU, **_LONG),
+        Row("gpu-sft-gpt2-124m", "SFT GPT-2 124M, 64 × 128–256", "sft", "gpt2-124m", "trl", **_GPU, **_WHOLE),
+        Row("gpu-sft-llama-1b", "SFT Llama 0.9 B, 64 × 128–256", "sft", "llama-1b", "trl", **_GPU, **_WHOLE),
+        _ppo("gpu-ppo-gpt2-124m", "PPO GPT-2 124M, 64 × (128 + 128)", None, model="gpt2-124m", **_GPU, **_EVEN),
+    )
+}
+"""What `python -m bench.speed --gpu` measures: bfloat16 products on one GPU."""
+EVERY: Mapping[str, Row] = {**ROWS, **GPU_ROWS}
 
 
 @dataclass(frozen=True)

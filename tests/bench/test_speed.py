@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench.speed import __main__ as command
-from bench.speed import accounting, machine, page, picture, results, runner, systems
+from bench.speed import accounting, gpu, machine, page, picture, results, runner, systems
 from bench.speed.limit import products
 from bench.speed.protocol import Link, serve
 from bench.speed.runner import Taken, Turn, Worker, WorkerError, rounds
-from bench.speed.workloads import MODELS, ROWS, Row, Work, given_counts
+from bench.speed.workloads import GPU_ROWS, MODELS, ROWS, Row, Work, given_counts
 
 TARGETS = {
     "ppo-small": 2.5,
@@ -103,7 +104,7 @@ def test_a_worker_answers_a_line_with_a_line() -> None:
     ready, *turns = [json.loads(line) for line in told.getvalue().splitlines()]
     assert ready == {"ready": True, "palate": "0"}
     assert [turn["loss"] for turn in turns] == [0.5, 1.5]
-    assert all({"seconds", "cpu", "peak_rss_mb"} <= set(turn) and turn["peak_rss_mb"] > 1 for turn in turns)
+    assert all({"seconds", "cpu", "peak_mb"} <= set(turn) and turn["peak_mb"] > 1 for turn in turns)
 
 
 FAKE = """
@@ -178,7 +179,7 @@ def test_a_machine_that_is_never_quiet_does_not_hold_the_bench_for_ever(quiet: N
 
 
 def turn(seconds: float, others: float = 0.0, loss: float = 1.0, **more: Any) -> Turn:
-    report = {"seconds": seconds, "cpu": 0.0, "peak_rss_mb": 100.0 * seconds, "loss": loss, **more}
+    report = {"seconds": seconds, "cpu": 0.0, "peak_mb": 100.0 * seconds, "loss": loss, **more}
     return Turn({"counts": {"read": 1000, "scored": 600}, **report}, others)
 
 
@@ -235,6 +236,44 @@ def test_the_page_says_what_was_reached_and_what_was_not() -> None:
     assert "palate was measured alone: SFT small, 16 × 128–256." in alone
     assert "different model" not in alone
     assert "(*different model*)" in page.page({"ppo-small-hydra": good})
+
+
+def test_rows_of_a_gpu_have_a_page_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = record(GPU_ROWS["gpu-sft-llama-1b"], taken(1.0, 2.0, 3.0), taken(2.0, 3.0, 4.0))
+    monkeypatch.setattr(command, "measure", lambda *given: found)
+    raw = tmp_path / "gpu.json"
+    monkeypatch.setattr(command, "has_gpu", lambda: False)
+    assert command.main(["--gpu", "--raw", str(raw)]) == 2
+    assert not raw.exists()
+    monkeypatch.setattr(command, "has_gpu", lambda: True)
+    assert command.main(["--gpu", "--rows", "gpu-sft-llama-1b", "--raw", str(raw)]) == 0
+    said = raw.with_suffix(".md").read_text()
+    assert said.startswith("# palate beside its peers on a GPU")
+    assert "SFT Llama 0.9 B, 64 × 128–256 | TRL 1.16 | 2 (1–3) | 3 (2–4) | **1.50×**" in said
+    assert raw.with_suffix(".svg").exists()
+    assert command.asked(["--gpu"]).names == list(GPU_ROWS)
+    assert not set(command.asked([]).names) & set(GPU_ROWS)
+    with pytest.raises(SystemExit):
+        command.asked(["--rows", "gpu-sft-llama-1b"])
+    assert {(row.device, row.precision) for row in GPU_ROWS.values()} == {("cuda", "bfloat16")}
+
+
+def test_clocks_wait_for_the_device_and_memory_is_its_own() -> None:
+    told, waits = io.StringIO(), list[int]()
+    link = Link(io.StringIO("go\n"), told)
+    link.settle = lambda: waits.append(1)
+    link.peak = lambda: 7.0
+    serve(link, lambda turn: {})
+    assert json.loads(told.getvalue())["peak_mb"] == 7.0
+    assert len(waits) == 2, "before the clock starts and before it stops"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")
+def test_a_row_for_a_gpu_says_that_there_is_none() -> None:
+    gpu.watch(link := Link(io.StringIO(""), io.StringIO()), ROWS["sft-small"])
+    assert link.peak() > 1
+    with pytest.raises(SystemExit, match="gpu-sft-llama-1b is for a GPU, and torch finds none here"):
+        gpu.watch(link, GPU_ROWS["gpu-sft-llama-1b"])
 
 
 def test_a_peak_memory_that_is_asked_for_is_judged() -> None:

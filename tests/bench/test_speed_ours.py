@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from bench.speed import material, ours, workloads
-from bench.speed.workloads import EOS, ROWS, Row, Shape, Work
+from bench.speed.workloads import EOS, GPU_ROWS, ROWS, Row, Shape, Work
 
 POOL = 16
 TEXT = Path(ours.__file__).read_text(encoding="utf-8")
@@ -98,6 +98,20 @@ def test_the_loss_of_a_row_is_that_of_its_own_tokens(folder: Path, tmp_path: Pat
 def test_generation_draws_what_it_says(folder: Path, tmp_path: Path) -> None:
     row = replace(tiny(ROWS["generate-small"]), answer=(6, 6))
     assert ours.turns_of(made(folder, row), tmp_path)(1)["counts"] == {"asked": 40, "drawn": 48}
+
+
+@pytest.mark.parametrize("name", ["gpu-sft-gpt2-124m", "gpu-ppo-gpt2-124m", "gpu-generate-gpt2-124m"])
+def test_rows_of_a_gpu_take_their_turns_in_half_precision(folder: Path, tmp_path: Path, name: str) -> None:
+    """Here on the CPU, with the tiny model: the same numbers up to bfloat16's rounding, and not to float32's."""
+    half = replace(tiny(GPU_ROWS[name]), model="small", device="cpu")
+    found, whole = (
+        ours.turns_of(made(folder, replace(half, precision=precision)), tmp_path)(0)
+        for precision in ("bfloat16", "float32")
+    )
+    assert found["counts"] == whole["counts"]
+    if half.kind == "sft":
+        assert found["loss"] == pytest.approx(whole["loss"], rel=1e-2)
+        assert found["loss"] != pytest.approx(whole["loss"], rel=1e-6)
 
 
 def test_answers_end_with_the_chance_that_is_asked(folder: Path) -> None:
