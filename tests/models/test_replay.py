@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from palate.models import decode, linear, one_query, replay
+from palate.models.attention import Bypassed
 from palate.models.load import Loading, trunk_of
 from palate.models.replay import Recording, Replay
 from palate.models.trunk import Trunk
@@ -52,7 +53,7 @@ def _recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     linear.use(None)
 
 
-def both(trunk: Trunk, size: int, count: int = 21, **sampling: Any) -> tuple[Any, Any]:
+def both(trunk: Trunk, size: int, count: int = 13, **sampling: Any) -> tuple[Any, Any]:
     """The same answers by hand and with recorded steps."""
     trunk.replays = False
     expected = engine(trunk, size, **sampling).generate(prompts(count), keys(count))
@@ -129,6 +130,16 @@ def test_a_step_that_reads_a_number_is_done_by_hand_for_good(monkeypatch: pytest
     assert answers(engine(trunk, 5).generate(prompts(9), keys(9))) == answers(expected), "and nobody is warned again"
 
 
+def test_a_family_that_needs_a_mask_while_recording_is_done_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bypassed(work: Callable[[], Tensor]) -> Recording:
+        raise Bypassed
+
+    monkeypatch.setattr(replay, "record", bypassed)
+    trunk = Trunk(build("gpt2"), VOCABULARY)
+    with pytest.warns(UserWarning, match="but run one by one: Bypassed"):
+        engine(trunk, 5).generate(prompts(9), keys(9))
+
+
 def frozen_clock(work: Callable[[], Tensor]) -> Recording:
     """What would come of a column that was written down: every step into the first one."""
     result = work().clone()
@@ -171,9 +182,15 @@ def test_steps_are_recorded_where_it_is_asked_for_possible_and_worth_it(monkeypa
     assert not trunk.replays
     trunk = trunk_of(model, VOCABULARY, Loading(device="cpu"))
     trunk.computes_on = torch.device("cuda")
+    assert not replay.allowed(trunk, 100), "weights that lie elsewhere would be copied in every step"
+    monkeypatch.setattr(replay, "_WHERE", "cpu")
     assert replay.allowed(trunk, 100)
     assert not replay.allowed(trunk, 3)
+    monkeypatch.setattr(replay, "local", torch.clone)
+    assert not replay.allowed(trunk, 100), "sharded weights are gathered in every step"
+    monkeypatch.undo()
     trunk.replays = False
+    monkeypatch.setattr(replay, "_WHERE", "cpu")
     assert not replay.allowed(trunk, 100)
 
 

@@ -14,11 +14,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from palate.models.attention import Asked, Layout
+from palate.models.attention import Asked, Bypassed, Layout
 from palate.models.one_query import of_one
 from palate.models.trunk import Trunk, close
 from palate.parallel import local
 
+_WHERE = "cuda"
 _WORTH = 16
 """Tokens that answers may have before a recording pays: it costs about two steps, and one each time memory grows."""
 _STRIDE = 64
@@ -32,9 +33,9 @@ Recording = tuple[Callable[[], None], Tensor]
 
 
 def allowed(trunk: Trunk, most_new: int) -> bool:
-    """Whether steps of this trunk are to be recorded: on a GPU, with whole weights, if it never went wrong before."""
-    whole = all(local(weight) is weight for weight in trunk.parameters())
-    return trunk.replays and trunk.device.type == "cuda" and most_new >= _WORTH and whole
+    """Whether steps of this trunk are to be recorded: on a GPU that holds all weights, if none went wrong before."""
+    here = all(local(weight) is weight and weight.device.type == _WHERE for weight in trunk.parameters())
+    return trunk.replays and here and most_new >= _WORTH
 
 
 def record(work: Callable[[], Tensor]) -> Recording:
@@ -110,8 +111,8 @@ class Replay:
             return by_hand()
         try:
             found_BD = self._play(token_B, start_B, clock, layers)
-        except (RuntimeError, ValueError, TypeError) as fault:
-            self._give_up(str(fault).strip().split("\n")[0])
+        except (Bypassed, RuntimeError, ValueError, TypeError) as fault:
+            self._give_up(str(fault).strip().split("\n")[0] or type(fault).__name__)
             return by_hand()
         if self._proven:
             return found_BD
