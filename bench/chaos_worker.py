@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -55,6 +56,12 @@ class Record:
     missed: list[str] = field(default_factory=list)
 
 
+def _products() -> str:
+    """The back end for all runs, measured once: runs that measured for themselves might choose, and round, apart."""
+    ask = "from palate.models import linear; print(linear.backend())"
+    return subprocess.run([sys.executable, "-c", ask], check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+
+
 class Worker:
     """Kills runs in `home`; every run is compared with the one in `home/whole`, a process of its own."""
 
@@ -63,10 +70,11 @@ class Worker:
         home.mkdir(parents=True)
         self.home, self.draw = home, random.Random(seed)
         self.record = Record()
-        self.whole = home / "whole"
-        alone = self._never_killed(spawn(Attempt(RECIPE, self.whole), os.environ))
-        plan_file(RECIPE)  # imports what a run imports
-        attempt, counted = Attempt(RECIPE, home / "forked"), home / "disk_steps"
+        self.recipe, self.whole = home / RECIPE.name, home / "whole"
+        self.recipe.write_text(f"{RECIPE.read_text(encoding='utf-8')}linear: {_products()}\n", encoding="utf-8")
+        alone = self._never_killed(spawn(Attempt(self.recipe, self.whole), os.environ))
+        plan_file(self.recipe)  # imports what a run imports
+        attempt, counted = Attempt(self.recipe, home / "forked"), home / "disk_steps"
         forked = self._never_killed(fork(attempt, _Counter(counted)))
         self.record.whole, self.record.imports = forked.seconds, alone.seconds - forked.seconds
         self.record.disk_steps = len(counted.read_text(encoding="utf-8"))
@@ -127,15 +135,15 @@ class Worker:
 
     def chain(self, links: Sequence[Link] = chain.CHAIN, name: str = "chain") -> None:
         """One run that is ended at every exact moment of its life."""
-        attempt = Attempt(RECIPE, self.home / name)
+        attempt = Attempt(self.recipe, self.home / name)
         self._go_through(attempt, links)
         self._end(attempt)
 
     def replaced(self) -> None:
         """Settings are changed and changed back, a stage is put in and taken out, with kills in between."""
-        first = Attempt(RECIPE, self.home / "replaced")
+        first = Attempt(self.recipe, self.home / "replaced")
         shutil.copytree(self.whole, first.run)
-        other = Attempt(RECIPE, first.run, ["stages.0.optimiser.learning_rate=0.001"])
+        other = Attempt(self.recipe, first.run, ["stages.0.optimiser.learning_rate=0.001"])
         longer = Attempt(self._longer(), first.run)
         for attempt, links in ((other, chain.CHANGED), (first, chain.CHANGED_BACK), (longer, chain.RENUMBERED)):
             self._go_through(attempt, links)
@@ -145,7 +153,7 @@ class Worker:
 
     def _longer(self) -> Path:
         """The recipe with one more stage before the last."""
-        recipe = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))
+        recipe = yaml.safe_load(self.recipe.read_text(encoding="utf-8"))
         stages = recipe["stages"]
         stages.insert(2, {**stages[0], "name": "more", "max_steps": 2})
         path = self.home / "longer.yaml"
@@ -155,7 +163,7 @@ class Worker:
     def random(self, kills: int) -> None:
         """Runs killed at random until `kills` are counted; the last one is then left to end."""
         for number in range(10 * kills):
-            attempt = Attempt(RECIPE, self.home / f"random-{number}")
+            attempt = Attempt(self.recipe, self.home / f"random-{number}")
             kills -= self._one_run(attempt, kills)
             if attempt.run.name not in str(self.record.unequal):
                 shutil.rmtree(attempt.run, ignore_errors=True)

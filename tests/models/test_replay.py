@@ -45,7 +45,7 @@ def _recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(replay, "allowed", lambda trunk, most_new: trunk.replays)
     monkeypatch.setattr(replay, "record", traced)
     monkeypatch.setattr(replay, "_STRIDE", 8)
-    monkeypatch.setattr(decode, "_AHEAD", 2)
+    monkeypatch.setattr(decode, "_AHEAD", 5)
     uncached = one_query._places.__wrapped__  # pyright: ignore[reportPrivateUsage]
     monkeypatch.setattr(one_query, "_places", uncached)  # else tensors without contents would outlive their trace
     linear.use("plain")

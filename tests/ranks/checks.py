@@ -201,7 +201,7 @@ def values_of_actions_are_those_of_one_rank(world: World, layout: str) -> None:
         ends.append({n: whole(x).clone() for n, x in cast.state(algorithm.trains, algorithm.moves).items()})
     assert ends[0].keys() == ends[1].keys()
     for name, alone in ends[0].items():
-        close(ends[1][name], alone)
+        close(ends[1][name], alone, slack=5e-6)  # Adam divides by small gradients: rounding grows with each step
 
 
 def pairs_compared_across_the_batch_are_those_of_one_rank(world: World) -> None:
