@@ -18,14 +18,21 @@ from palate.models.attention import Asked, Bypassed, Layout
 from palate.models.one_query import of_one
 from palate.models.trunk import Trunk, close
 from palate.parallel import local
+from palate.settings import PalateError
 
 _WHERE = "cuda"
+"""The kind of device whose steps are recorded."""
 _WORTH = 16
-"""Tokens that answers may have before a recording pays: it costs about two steps, and one each time memory grows."""
+"""Tokens that answers may have before recordings pay: the first costs four steps, each further one two."""
 _STRIDE = 64
 """Columns by which recordings differ at least."""
 _HALVINGS = 2
 """How often fewer rows get a recording of their own; below a quarter of the slots the last one does."""
+
+_STALE = (
+    "a step recorded as a CUDA graph does not follow what has changed since then, so answers would be wrong. "
+    "Set loading.cuda_graphs: false for this model."
+)
 
 Layers = list[tuple[Tensor, Tensor]]
 Recording = tuple[Callable[[], None], Tensor]
@@ -90,9 +97,10 @@ class _Still:
 
 
 class Replay:
-    """Recorded steps of one memory of `slots` rows. The first is held against the same step done by hand.
+    """Recorded steps of one memory of `slots` rows. The first ones are held against the same steps done by hand.
 
-    Where recording fails, or gives anything else, no step of this trunk is ever recorded again.
+    A step just recorded shows that the recording is right, one played later that it follows what has changed. Where
+    recording fails, or the first gives anything else, no step of this trunk is ever recorded again.
     """
 
     def __init__(self, trunk: Trunk, slots: int) -> None:
@@ -101,26 +109,33 @@ class Replay:
         self._clock_1 = torch.zeros(1, dtype=torch.long, device=trunk.device)
         self._known: dict[tuple[int, int], Recording] = {}
         self._place: Tensor | None = None
+        self._fresh = True
         self._proven = False
 
     def step(
         self, token_B: Tensor, start_B: Tensor, clock: int, layers: Layers, by_hand: Callable[[], Tensor]
     ) -> Tensor:
-        """The states B×D of one more token in every row, written to column `clock`; rows begin at `start_B`."""
+        """The states B×D of one more token in every row, written to column `clock`; rows begin at `start_B`.
+
+        Raises PalateError where a step played later is another than by hand: it may have written over earlier columns.
+        """
         if not self.trunk.replays:
             return by_hand()
+        expected_BD = None if self._proven else by_hand()
         try:
             found_BD = self._play(token_B, start_B, clock, layers)
         except (Bypassed, RuntimeError, ValueError, TypeError) as fault:
             self._give_up(str(fault).strip().split("\n")[0] or type(fault).__name__)
             return by_hand()
-        if self._proven:
+        if expected_BD is None:
             return found_BD
-        expected_BD = by_hand()
-        self._proven = close(found_BD.float(), expected_BD.float(), self.trunk.computes_in)
-        if not self._proven:
-            self._give_up("a recorded step gives other states")
-        return expected_BD
+        if close(found_BD.float(), expected_BD.float(), self.trunk.computes_in):
+            self._proven = not self._fresh
+            return expected_BD
+        if not self._fresh:
+            raise PalateError(f"{self.trunk.family}: {_STALE}")
+        self._give_up("a recorded step gives other states")
+        return by_hand()
 
     def _give_up(self, why: str) -> None:
         self.trunk.replays = False
@@ -136,7 +151,8 @@ class Replay:
             self._known.clear()
             self._place = layers[0][0]
         size = _rows(count, self.slots), _columns(clock + 1, room)
-        if size not in self._known:
+        self._fresh = size not in self._known
+        if self._fresh:
             self._known[size] = record(partial(self._work, *size, layers))
         play, result_SD = self._known[size]
         play()
