@@ -97,9 +97,15 @@ def test_many_steps_are_played_from_few_recordings(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(decode.Slots, "_step", counted)
     asked = [prompts(8)[3]] * 4
-    engine(trunk, 4, max_new_tokens=30, fixed_length=True, stop_token_ids=()).generate(asked, keys(4))
+    writer = engine(trunk, 4, max_new_tokens=30, fixed_length=True, stop_token_ids=())
+    found = writer.generate(asked, keys(4))
     assert len(TAKEN) == 1
     assert by_hand == [4, 4]
+    trunk.replays = False
+    expected = writer.generate(asked, keys(4))
+    assert len(by_hand) > 30
+    assert answers(found) == answers(expected)
+    torch.testing.assert_close(found.logp_BT, expected.logp_BT, atol=2e-5, rtol=0)
 
 
 def test_sizes_are_few_and_large_enough() -> None:
